@@ -50,9 +50,13 @@ class DuckLost(TransportError):
         layer: the layer whose ask it left open, or None outside an ask.
         waited_ms: how long that ask had been waiting.
         reason: what was seen: "connection closed", "no sign of life for 3.5 s".
+        index: its number in the flock.
     """
 
-    def __init__(self, duck: str, layer: int | None, waited_ms: float, reason: str) -> None:
+    def __init__(
+        self, duck: str, layer: int | None, waited_ms: float, reason: str, *, index: int = 0
+    ) -> None:
         self.duck, self.layer, self.waited_ms, self.reason = duck, layer, waited_ms, reason
+        self.index = index
         where = "outside an ask" if layer is None else f"at layer {layer}"
         super().__init__(f"lost {duck} {where} after waiting {waited_ms:.0f} ms: {reason}")

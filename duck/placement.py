@@ -1,0 +1,146 @@
+"""Who holds what: pure functions from a model's sizes and a flock's size to slices and the shared plan.
+
+A slice is a contiguous range of columns of every expert's intermediate dimension. Because
+silu(gate x) * up x works column by column, the partial down-projections of all slices add up to the
+whole expert's output (design: every duck works on every token, nothing to balance).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from duck import wire
+from duck.errors import ConfigError, WireError
+
+TILE = 64
+# Version of what a slice's bytes mean; part of its hash, so that nobody attaches to another layout.
+LAYOUT = 1
+
+
+def equal_slices(columns: int, ducks: int) -> tuple[range, ...]:
+    """Equal contiguous column ranges, one per duck, in duck order.
+
+    Multiples of 64 columns while there are 64 for every duck (the resident tile, and what keeps a slice
+    inside a 128-wide scale block); else as even as possible.
+
+    Raises:
+        ConfigError: no duck at all, or more ducks than columns.
+    """
+    if not 1 <= ducks <= columns:
+        raise ConfigError(
+            f"{ducks} ducks for {columns} columns: every duck holds at least one column of each "
+            f"expert's intermediate dimension, so use 1..{columns} ducks"
+        )
+    unit = TILE if columns % TILE == 0 and columns // TILE >= ducks else 1
+    whole, spare = divmod(columns // unit, ducks)
+    ranges, start = [], 0
+    for duck in range(ducks):
+        stop = start + (whole + (duck < spare)) * unit
+        ranges.append(range(start, stop))
+        start = stop
+    return tuple(ranges)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the host and every duck must agree on; its hash is compared in HELLO and WELCOME."""
+
+    model: str  # digest of the routed experts
+    layers: tuple[int, ...]  # layers with routed experts, the MTP layer's index included
+    experts: int
+    columns: int  # the intermediate dimension of one expert
+    slices: tuple[range, ...]  # duck -> its columns
+    shape: wire.Shape
+
+    @property
+    def ducks(self) -> int:
+        return len(self.slices)
+
+    def slice_hash(self, duck: int) -> str:
+        """Identifies the bytes a duck must hold: model, columns, layout."""
+        columns = self.slices[duck]
+        text = f"{self.model}/{LAYOUT}/{columns.start}:{columns.stop}/{self.columns}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def hash(self) -> str:
+        return hashlib.sha256(msgpack.packb(self.to_wire())).hexdigest()
+
+    def to_wire(self) -> dict[str, Any]:
+        """The plan as plain msgpack values."""
+        return {
+            "model": self.model,
+            "layers": list(self.layers),
+            "experts": self.experts,
+            "columns": self.columns,
+            "slices": [[s.start, s.stop] for s in self.slices],
+            "hidden": self.shape.hidden,
+            "top_k": self.shape.top_k,
+            "ask_dtype": self.shape.ask_dtype,
+            "answer_dtype": self.shape.answer_dtype,
+            "max_rows": self.shape.max_rows,
+        }
+
+    @classmethod
+    def from_wire(cls, message: Mapping[str, Any]) -> Plan:
+        """Read and check a plan that a peer sent.
+
+        Raises:
+            WireError: a field is absent, of another type or out of its range.
+        """
+        number = {
+            name: _bounded(message, name, limit)
+            for name, limit in (
+                ("experts", 1 << 15), ("columns", 1 << 20), ("hidden", 1 << 20),
+                ("top_k", 1 << 10), ("max_rows", 1 << 16),
+            )
+        }  # fmt: skip
+        layers = wire.field(message, "layers", list)
+        if not 1 <= len(layers) <= 1 << 12 or not _increasing(layers, 1 << 14):
+            raise WireError("plan: layers must be increasing layer numbers")
+        edges = wire.field(message, "slices", list)
+        slices = []
+        start = 0
+        for edge in edges:
+            if (
+                not isinstance(edge, list)
+                or len(edge) != 2
+                or not all(type(v) is int for v in edge)
+                or edge[0] != start
+                or not start < edge[1] <= number["columns"]
+            ):
+                raise WireError("plan: slices must cover the columns once, in order")
+            slices.append(range(edge[0], edge[1]))
+            start = edge[1]
+        if start != number["columns"] or len(slices) > wire.HOST - 1:
+            raise WireError("plan: slices must cover the columns once, in order")
+        dtypes = [wire.field(message, name, str) for name in ("ask_dtype", "answer_dtype")]
+        if any(dtype not in wire.WIRE_BYTES for dtype in dtypes):
+            raise WireError(f"plan: wire dtypes {dtypes}, known are {sorted(wire.WIRE_BYTES)}")
+        return cls(
+            model=wire.field(message, "model", str),
+            layers=tuple(layers),
+            experts=number["experts"],
+            columns=number["columns"],
+            slices=tuple(slices),
+            shape=wire.Shape(
+                number["hidden"], number["top_k"], dtypes[0], dtypes[1], number["max_rows"]
+            ),
+        )
+
+
+def _bounded(message: Mapping[str, Any], name: str, limit: int) -> int:
+    value: int = wire.field(message, name, int)
+    if not 1 <= value <= limit:
+        raise WireError(f"plan: {name} is {value}, want 1..{limit}")
+    return value
+
+
+def _increasing(numbers: Sequence[Any], limit: int) -> bool:
+    if not all(type(n) is int and 0 <= n < limit for n in numbers):
+        return False
+    return all(a < b for a, b in zip(numbers, numbers[1:], strict=False))

@@ -1,0 +1,326 @@
+"""The contract between the Flock and whatever carries its asks, in words and in the parts all share.
+
+The promises of a Transport:
+
+- `start` returns when every duck has said WELCOME to the same plan, and raises otherwise.
+- `acquire` gives a free row set and waits while all are in use: that is the backpressure.
+- `ask` sends one layer's rows to every duck before it returns. Awaiting the Ask gives the row set with
+  every duck's partial sums in `partials(rows)[duck]`, each verified, after a single wake-up.
+- Asks may complete out of order. They are idempotent by (session, ticket).
+- `Ask.cancel` stops waiting and frees the row set at once; late answers are counted and dropped, and can
+  never land in rows that serve another ask. `Ask.release` gives the row set back after use.
+- A wait ends: with the rows, with `DuckLost` (deadline passed, connection gone, no sign of life), or with
+  `TransportClosed`. After a duck is lost every further ask raises the same `DuckLost` at once.
+- `close` may be called twice and with asks in flight, which then raise `TransportClosed`.
+
+Transports import no torch, and know nothing of models: layers are numbers, rows are bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from duck import wire
+from duck.errors import DuckLost, TransportClosed, TransportError, WireError
+from duck.gather import Gather
+from duck.placement import Plan
+
+# Row sets: decode asks (a few rows) take a small one from a ring, long asks a big one.
+SMALL_ROWS = 4
+SMALL_SETS = 8
+LARGE_SETS = 2
+_ALIGN = 64
+
+
+class Rows:
+    """One landing place per duck, preallocated: stamps, then that duck's partial sums.
+
+    Every row starts on a 64-byte boundary; the 16 bytes of stamps lie just before it, so that an answer
+    message is received in one stretch.
+    """
+
+    def __init__(self, ducks: int, shape: wire.Shape, capacity: int) -> None:
+        self._shape = shape
+        self.capacity = capacity
+        size = -(-shape.answer_bytes(capacity) // _ALIGN) * _ALIGN
+        raw = np.zeros(ducks * (size + _ALIGN) + _ALIGN, np.uint8)
+        start = -raw.ctypes.data % _ALIGN
+        self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
+        first = _ALIGN - wire.STAMP_BYTES
+        self.landing = tuple(memoryview(row)[first:] for row in self._memory)
+        self.in_use = False
+
+    def partials(self, rows: int) -> np.ndarray:
+        """(ducks, rows, hidden) in the answer dtype (bfloat16 as uint16), a view."""
+        stop = _ALIGN + self._shape.answer_bytes(rows)
+        view = self._memory[:, _ALIGN:stop].view(wire.wire_array(self._shape.answer_dtype))
+        return view.reshape(len(self._memory), rows, self._shape.hidden)
+
+    def stamps(self, duck: int) -> tuple[int, int]:
+        """(queue_us, compute_us) as that duck reported them."""
+        queue_us, compute_us = wire.STAMPS.unpack_from(self.landing[duck])
+        return queue_us, compute_us
+
+
+class RowRing:
+    """The free row sets of one flock; `acquire` waits for one."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        small = min(SMALL_ROWS, plan.shape.max_rows)
+        self._free_small = [Rows(plan.ducks, plan.shape, small) for _ in range(SMALL_SETS)]
+        self._free_large: list[Rows] = []
+        # Large sets are made when the first long ask needs one: decode-only hosts never pay for them.
+        self._large_unmade = LARGE_SETS
+        self._small_rows = small
+        self._waiting: list[tuple[bool, asyncio.Future[Rows]]] = []
+
+    async def acquire(self, rows: int) -> Rows:
+        """A free set for an ask of `rows` rows, marked as in use.
+
+        Raises:
+            TransportError: more rows than the plan allows.
+        """
+        if rows > self._plan.shape.max_rows:
+            raise TransportError(
+                f"ask of {rows} rows, the plan allows {self._plan.shape.max_rows}: use shorter chunks"
+            )
+        large = rows > self._small_rows
+        free = self._free_large if large else self._free_small
+        if large and not free and self._large_unmade:
+            self._large_unmade -= 1
+            free.append(Rows(self._plan.ducks, self._plan.shape, self._plan.shape.max_rows))
+        if free:
+            chosen = free.pop()
+            chosen.in_use = True
+            return chosen
+        future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
+        self._waiting.append((large, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # The set may have been handed over in the same turn that cancelled us: pass it on.
+            if future.done() and not future.cancelled():
+                self.release(future.result())
+            raise
+        finally:
+            self._waiting = [w for w in self._waiting if w[1] is not future]
+
+    def release(self, rows: Rows) -> None:
+        """Give a set back; the first matching waiter gets it."""
+        assert rows.in_use
+        large = rows.capacity > self._small_rows
+        for wants_large, future in self._waiting:
+            if wants_large == large and not future.done():
+                future.set_result(rows)
+                return
+        rows.in_use = False
+        (self._free_large if large else self._free_small).append(rows)
+
+    @property
+    def free(self) -> int:
+        """How many sets are free or not made yet."""
+        return len(self._free_small) + len(self._free_large) + self._large_unmade
+
+
+class Ask:
+    """One request to all ducks in flight; awaiting it gives the row set. Made by `AskTable.open`."""
+
+    __slots__ = (
+        "_future", "_table", "count", "deadline", "fragments", "gather", "layer", "rows",
+        "sent_at", "done_at", "ticket",
+    )  # fmt: skip
+
+    def __init__(
+        self, table: AskTable, ticket: int, layer: int, count: int, rows: Rows, deadline: float
+    ) -> None:
+        self._table = table
+        self.ticket, self.layer, self.count, self.rows = ticket, layer, count, rows
+        self.deadline = deadline
+        message = wire.STAMP_BYTES + table.plan.shape.answer_bytes(count)
+        self.fragments = max(1, -(-message // wire.FRAME_LIMIT))
+        self.gather = Gather(table.plan.ducks, self.fragments)
+        self.sent_at = time.perf_counter()
+        self.done_at = 0.0
+        self._future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
+
+    def __await__(self) -> Generator[Any, None, Rows]:
+        return self._future.__await__()
+
+    @property
+    def waited_ms(self) -> float:
+        """Milliseconds since the ask was sent, until now or until it was complete."""
+        return ((self.done_at or time.perf_counter()) - self.sent_at) * 1e3
+
+    def cancel(self) -> None:
+        """Stop waiting and free the rows; does nothing when the ask is over."""
+        self._table.cancel(self)
+
+    def release(self) -> None:
+        """Give the rows back after use; once."""
+        self._table.ring.release(self.rows)
+
+
+class AskTable:
+    """The asks in flight of one transport: who waits for what, and how each wait ends."""
+
+    def __init__(self, plan: Plan, labels: tuple[str, ...]) -> None:
+        self.plan = plan
+        self.ring = RowRing(plan)
+        self.labels = labels
+        self.open_asks: dict[int, Ask] = {}
+        self.lost: dict[int, str] = {}  # duck -> why
+        self.closed = False
+        self.late_answers = 0
+        self.on_cancel: Callable[[Ask], None] | None = None
+        self._next = 1
+
+    def open(self, layer: int, count: int, rows: Rows, deadline: float) -> Ask:
+        """A new ask with the next ticket.
+
+        Raises:
+            DuckLost, TransportClosed: the flock cannot answer; the rows are free again.
+        """
+        error = self._refusal(layer)
+        if error:
+            self.ring.release(rows)
+            raise error
+        ask = Ask(self, self._next, layer, count, rows, deadline)
+        self._next = self._next % 0xFFFFFFFF + 1
+        self.open_asks[ask.ticket] = ask
+        return ask
+
+    def _refusal(self, layer: int) -> TransportError | None:
+        if self.closed:
+            return TransportClosed("the transport is closed")
+        for duck, reason in self.lost.items():
+            return DuckLost(self.labels[duck], layer, 0.0, reason, index=duck)
+        return None
+
+    def arrived(self, ask: Ask, duck: int, fragment: int, fragments: int) -> None:
+        """A verified fragment lies in the row set; completes the ask when it was the last.
+
+        Raises:
+            WireError: it does not belong to this ask.
+        """
+        if ask.gather.note(duck, fragment, fragments) and ask.gather.complete:
+            del self.open_asks[ask.ticket]
+            ask.done_at = time.perf_counter()
+            if not ask._future.done():
+                ask._future.set_result(ask.rows)
+
+    def cancel(self, ask: Ask) -> None:
+        if self.open_asks.pop(ask.ticket, None) is None:
+            return
+        if self.on_cancel:
+            self.on_cancel(ask)
+        ask._future.cancel()
+        self.ring.release(ask.rows)
+
+    def fail(self, ask: Ask, error: TransportError) -> None:
+        """End one ask with an error and free its rows."""
+        if self.open_asks.pop(ask.ticket, None) is None:
+            return
+        if not ask._future.done():
+            ask._future.set_exception(error)
+            # The waiter may be cancelled before it looks: the error was then told to nobody, and that is right.
+            ask._future.exception()
+        self.ring.release(ask.rows)
+
+    def lose(self, duck: int, reason: str) -> None:
+        """A duck is gone: every ask that it still owes ends with DuckLost."""
+        if duck in self.lost or self.closed:
+            return
+        self.lost[duck] = reason
+        for ask in tuple(self.open_asks.values()):
+            if not ask.gather.has(duck):
+                lost = DuckLost(self.labels[duck], ask.layer, ask.waited_ms, reason, index=duck)
+                self.fail(ask, lost)
+
+    def expire(self, now: float) -> None:
+        """End the asks whose deadline has passed (`now` on the event loop's clock)."""
+        for ask in tuple(self.open_asks.values()):
+            if now >= ask.deadline:
+                duck = ask.gather.missing[0]
+                reason = "no answer before the deadline"
+                self.lost.setdefault(duck, reason)
+                lost = DuckLost(self.labels[duck], ask.layer, ask.waited_ms, reason, index=duck)
+                self.fail(ask, lost)
+
+    def close(self) -> None:
+        self.closed = True
+        for ask in tuple(self.open_asks.values()):
+            self.fail(ask, TransportClosed(f"closed with an ask in flight at layer {ask.layer}"))
+
+
+class Transport(Protocol):
+    """The host's end, one object for a whole flock."""
+
+    async def start(self, plan: Plan) -> None: ...
+    async def acquire(self, rows: int = 1) -> Rows: ...
+    def ask(
+        self,
+        layer: int,
+        x: np.ndarray,
+        ids: np.ndarray,
+        weights: np.ndarray,
+        rows: Rows,
+        *,
+        deadline: float,
+    ) -> Ask:
+        """Send rows to every duck.
+
+        x: (T, hidden) in the ask's wire dtype; ids: (T, top_k) int32; weights: (T, top_k) float32;
+        deadline: on the event loop's clock.
+        """
+        ...
+
+    def stats(self) -> Mapping[str, float]: ...
+    async def close(self) -> None: ...
+
+
+class Handler(Protocol):
+    """What a duck does with its bytes; the duck's end of a transport drives it."""
+
+    async def attach(
+        self, plan: Plan, duck: int, progress: Callable[[int, int], None]
+    ) -> Mapping[str, Any]:
+        """Hold this plan's slice (loading it if need be); facts for WELCOME.
+
+        Raises:
+            DuckError: it cannot; the text travels to the host.
+        """
+        ...
+
+    def answer(
+        self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """Partial sums (T, hidden) float32; blocking, called in a worker thread."""
+        ...
+
+
+class DuckEnd(Protocol):
+    """The duck's end: listens and feeds asks to a handler until cancelled."""
+
+    async def serve(self, handler: Handler) -> None: ...
+
+
+def compute_answer(handler: Handler, layer: int, body: wire.AskBody, shape: wire.Shape) -> np.ndarray:
+    """One ask's answer in the wire dtype; what every transport runs in a duck's worker thread."""
+    x = wire.to_float32(body.x)
+    return wire.to_wire(handler.answer(layer, x, body.ids, body.weights), shape.answer_dtype)
+
+
+def check_ids(ids: np.ndarray, experts: int) -> None:
+    """Refuse expert ids that no slice has.
+
+    Raises:
+        WireError: an id outside 0..experts-1.
+    """
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= experts):
+        raise WireError(f"expert ids {int(ids.min())}..{int(ids.max())}, want 0..{experts - 1}")

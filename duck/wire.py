@@ -1,0 +1,296 @@
+"""Bytes and their meaning: the 32-byte data header, ask and answer bodies, control messages.
+
+Nothing here touches a socket, a clock or asyncio. Every decoder takes any bytes and returns a value or
+raises `WireError`; no size found in a message is trusted before it is checked against the plan.
+
+Data plane, little-endian, one header before every frame:
+
+    offset  0  u16 magic 0x4B44      8  u32 ticket          16  u16 fragment index
+            2  u8  version          12  u16 layer           18  u16 fragments in the message
+            3  u8  kind             14  u16 source duck     20  u32 message bytes
+            4  u32 session              (0xFFFF: the host)  24  u32 offset of this payload
+                                                            28  u32 crc32 of header[0:28] + payload
+    ask     ids i32 [T, K] | weights f32 [T, K] | x [T, H] in the wire dtype
+    answer  queue_us u32 | compute_us u32 | 8 bytes zero | partial sums [T, H] in the answer dtype
+
+Control plane: u32 length + one msgpack map with a "t" (its kind), at most 1 MiB.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+
+from duck.errors import WireError
+
+MAGIC = 0x4B44
+VERSION = 1
+HOST = 0xFFFF
+HEADER = struct.Struct("<HBBIIHHHHIII")
+HEADER_BYTES = HEADER.size
+STAMPS = struct.Struct("<II8x")
+STAMP_BYTES = STAMPS.size
+CONTROL_LIMIT = 1 << 20
+# A frame of a long answer carries at most this much, so that one check covers a bounded stretch.
+FRAME_LIMIT = 1 << 20
+
+WIRE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class Kind(enum.IntEnum):
+    """What a data frame is."""
+
+    ASK = 1
+    ANSWER = 2
+    CANCEL = 5
+    ERROR = 8
+
+
+class Header(NamedTuple):
+    """The fixed header of a data frame; sizes and offsets in bytes."""
+
+    kind: Kind
+    session: int
+    ticket: int
+    layer: int
+    source: int
+    fragment: int
+    fragments: int
+    message_bytes: int
+    offset: int
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the plan fixes about every ask and answer; body sizes follow from it and the row count."""
+
+    hidden: int
+    top_k: int
+    ask_dtype: str
+    answer_dtype: str
+    max_rows: int
+
+    def ask_bytes(self, rows: int) -> int:
+        """Bytes of an ask of `rows` rows, without its header."""
+        return rows * (self.top_k * 8 + self.hidden * WIRE_BYTES[self.ask_dtype])
+
+    def answer_bytes(self, rows: int) -> int:
+        """Bytes of one duck's partial sums for `rows` rows, without header and stamps."""
+        return rows * self.hidden * WIRE_BYTES[self.answer_dtype]
+
+    def rows_of_ask(self, message_bytes: int) -> int:
+        """How many rows an ask of this size holds.
+
+        Raises:
+            WireError: no whole number of rows, or more than the plan allows.
+        """
+        rows, rest = divmod(message_bytes, self.ask_bytes(1))
+        if rest or not 1 <= rows <= self.max_rows:
+            raise WireError(
+                f"ask of {message_bytes} bytes: want 1..{self.max_rows} rows of {self.ask_bytes(1)}"
+            )
+        return rows
+
+
+def pack_header(
+    kind: Kind,
+    session: int,
+    ticket: int,
+    layer: int,
+    source: int,
+    *,
+    payload: bytes | memoryview,
+    more: bytes | memoryview = b"",
+    fragment: int = 0,
+    fragments: int = 1,
+    message_bytes: int | None = None,
+    offset: int = 0,
+) -> bytes:
+    """The header for a payload given in one or two pieces; one whole message unless told otherwise."""
+    if message_bytes is None:
+        message_bytes = len(payload) + len(more)
+    head = HEADER.pack(
+        MAGIC, VERSION, kind, session, ticket, layer, source, fragment, fragments,
+        message_bytes, offset, 0,
+    )  # fmt: skip
+    crc = zlib.crc32(more, zlib.crc32(payload, zlib.crc32(head[:28])))
+    return head[:28] + crc.to_bytes(4, "little")
+
+
+def unpack_header(data: bytes | bytearray | memoryview) -> Header:
+    """Read a header; only its own form is checked, not whether the plan allows it.
+
+    Raises:
+        WireError: too short, another protocol or version, an unknown kind, impossible fragments.
+    """
+    if len(data) < HEADER_BYTES:
+        raise WireError(f"header of {len(data)} bytes, want {HEADER_BYTES}")
+    magic, version, kind, session, ticket, layer, source, fragment, fragments, total, offset, crc = (
+        HEADER.unpack_from(data)
+    )
+    if magic != MAGIC:
+        raise WireError(f"magic {magic:#06x}, want {MAGIC:#06x}: the peer does not speak duck")
+    if version != VERSION:
+        raise WireError(f"data frames of version {version}, want {VERSION}")
+    try:
+        kind = Kind(kind)
+    except ValueError:
+        raise WireError(f"unknown frame kind {kind}") from None
+    if not fragment < fragments or offset > total:
+        raise WireError(f"fragment {fragment} of {fragments} at {offset} of {total} bytes")
+    return Header(kind, session, ticket, layer, source, fragment, fragments, total, offset, crc)
+
+
+def check_crc(header: bytes | bytearray | memoryview, payload: bytes | bytearray | memoryview) -> bool:
+    """Whether a received frame is the one that was sent."""
+    want = int.from_bytes(header[28:32], "little")
+    return zlib.crc32(payload, zlib.crc32(header[:28])) == want
+
+
+class AskBody(NamedTuple):
+    """Views into a received ask."""
+
+    ids: np.ndarray  # (rows, top_k) int32
+    weights: np.ndarray  # (rows, top_k) float32
+    x: np.ndarray  # (rows, hidden) float32, or uint16 holding bfloat16
+
+
+def wire_array(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype that holds a wire dtype: bfloat16 travels as its 16 bits."""
+    return np.dtype("<f4" if dtype == "float32" else "<u2")
+
+
+def unpack_ask(payload: bytes | bytearray | memoryview, shape: Shape) -> AskBody:
+    """Views of a whole ask's body.
+
+    Raises:
+        WireError: a size that is no whole number of rows.
+    """
+    rows = shape.rows_of_ask(len(payload))
+    choices = rows * shape.top_k
+    ids = np.frombuffer(payload, "<i4", choices).reshape(rows, shape.top_k)
+    weights = np.frombuffer(payload, "<f4", choices, choices * 4).reshape(rows, shape.top_k)
+    x = np.frombuffer(payload, wire_array(shape.ask_dtype), rows * shape.hidden, choices * 8)
+    return AskBody(ids, weights, x.reshape(rows, shape.hidden))
+
+
+def pack_ask(ids: np.ndarray, weights: np.ndarray, x: np.ndarray) -> bytes:
+    """The body of an ask; arrays as in `AskBody`."""
+    return b"".join(
+        (
+            np.ascontiguousarray(ids, "<i4").tobytes(),
+            np.ascontiguousarray(weights, "<f4").tobytes(),
+            np.ascontiguousarray(x).tobytes(),
+        )
+    )
+
+
+def answer_frames(message_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut an answer message into frames: (fragment, fragments, offset, bytes)."""
+    fragments = max(1, -(-message_bytes // FRAME_LIMIT))
+    for index in range(fragments):
+        start = index * FRAME_LIMIT
+        yield index, fragments, start, min(FRAME_LIMIT, message_bytes - start)
+
+
+# --- bfloat16 <-> float32 on plain numpy -------------------------------------------------------------
+
+
+def to_float32(x: np.ndarray) -> np.ndarray:
+    """float32 values of a wire array (uint16 holds bfloat16)."""
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x.astype(np.float32, copy=False)
+
+
+def to_wire(x: np.ndarray, dtype: str) -> np.ndarray:
+    """A float32 array in the wire dtype, rounded to nearest even; NaN stays NaN."""
+    if dtype == "float32":
+        return np.ascontiguousarray(x, np.float32)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # Rounding could carry a NaN's mantissa into infinity: keep its sign and set a quiet bit instead.
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+# --- control plane -----------------------------------------------------------------------------------
+
+
+def encode_control(message: Mapping[str, Any]) -> bytes:
+    """One control message, framed."""
+    body: bytes = msgpack.packb(dict(message), use_bin_type=True)
+    if len(body) > CONTROL_LIMIT:
+        raise WireError(f"control message of {len(body)} bytes, at most {CONTROL_LIMIT}")
+    return len(body).to_bytes(4, "little") + body
+
+
+def _refuse_extension(code: int, _data: bytes) -> Any:
+    raise WireError(f"control message with msgpack extension {code}")
+
+
+class ControlDecoder:
+    """Control messages out of a byte stream, however it is cut."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    @property
+    def pending(self) -> int:
+        """Bytes received that are not yet a whole message."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes | memoryview) -> list[dict[str, Any]]:
+        """Add bytes and take out the messages they complete.
+
+        Raises:
+            WireError: a message too large, not msgpack, or not a map with a text "t".
+        """
+        self._buffer += data
+        messages: list[dict[str, Any]] = []
+        while len(self._buffer) >= 4:
+            size = int.from_bytes(self._buffer[:4], "little")
+            if size > CONTROL_LIMIT:
+                raise WireError(f"control message of {size} bytes, at most {CONTROL_LIMIT}")
+            if len(self._buffer) < 4 + size:
+                break
+            body = bytes(self._buffer[4 : 4 + size])
+            del self._buffer[: 4 + size]
+            messages.append(_decode_control(body))
+        return messages
+
+
+def _decode_control(body: bytes) -> dict[str, Any]:
+    try:
+        message = msgpack.unpackb(
+            body, raw=False, strict_map_key=True, ext_hook=_refuse_extension, timestamp=0
+        )
+    except WireError:
+        raise
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise WireError(f"control message that is no msgpack: {error}") from None
+    if not isinstance(message, dict) or not isinstance(message.get("t"), str):
+        raise WireError('control message without a kind "t"')
+    return message
+
+
+def field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """A field of a control message, of the type it must have.
+
+    Raises:
+        WireError: absent or of another type.
+    """
+    value = message.get(name)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    # bool is an int in Python; a peer that sends one where a number belongs is wrong.
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise WireError(f"{message.get('t')}: field {name!r} is {type(value).__name__}")
+    return value
