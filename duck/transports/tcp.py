@@ -24,6 +24,7 @@ import structlog
 
 import duck
 from duck import wire
+from duck.config import split_address
 from duck.errors import ConfigError, DuckError, DuckLost, TransportError, WireError
 from duck.placement import Plan
 from duck.transports.base import Ask, AskTable, Handler, Rows, check_ids, compute_answer
@@ -203,20 +204,8 @@ def data_frames(
     return out
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """HOST:PORT, with [..] around an IPv6 host.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 <= int(port) < 65536:
-        raise ConfigError(f"address {text!r}: want HOST:PORT with a port of 0..65535")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
 async def _connect(address: str, label: str) -> Link:
-    host, port = parse_address(address)
+    host, port = split_address(address)
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(CONNECT_S):
@@ -529,7 +518,7 @@ class TcpDuckEnd:
         """
         self._handler = handler
         self._loop = asyncio.get_running_loop()
-        host, port = parse_address(self._listen)
+        host, port = split_address(self._listen)
         try:
             server = await self._loop.create_server(self._accept, host, port)
         except OSError as error:

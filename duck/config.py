@@ -1,0 +1,152 @@
+"""What a user may ask of an Engine, checked once: the command line's options under their Python names."""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duck.errors import ConfigError
+
+# name -> the values that work; and the ones that are planned, so that a refusal can say so.
+CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "transport": (("auto", "loopback", "tcp"), ("shm", "multicast")),
+    "placement": (("equal",), ("weighted", "whole")),
+    "schedule": (("auto", "serial"), ("batch", "wave", "pingpong")),
+    "draft": (("auto", "mtp", "off"), ()),
+    "device": (("auto", "cpu", "cuda"), ()),
+    "dtype": (("auto", "float32", "bfloat16"), ()),
+    "answers": (("auto", "f32"), ()),
+}
+MAX_LOCAL_DUCKS = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a model; every value is checked here, into ConfigError."""
+
+    ducks: str = "local:2"  # local:N, HOST:PORT,HOST:PORT, or a flock.toml
+    transport: str = "auto"  # tcp, or loopback: all ducks inside this process
+    placement: str = "equal"
+    schedule: str = "auto"
+    draft: str = "auto"  # auto and mtp: draft when the model has an MTP layer
+    device: str = "auto"  # cuda when there is one
+    dtype: str = "auto"  # float32 on the CPU, bfloat16 on CUDA
+    answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
+
+    def __post_init__(self) -> None:
+        for name, (ready, planned) in CHOICES.items():
+            value = getattr(self, name)
+            if value in planned:
+                raise ConfigError(
+                    f"--{name} {value} is not built yet; this version has {', '.join(ready)}"
+                )
+            if value not in ready:
+                raise ConfigError(f"--{name} {value!r}: want one of {', '.join(ready)}")
+        flock = Ducks.parse(self.ducks)
+        if self.transport == "loopback" and flock.local is None:
+            raise ConfigError(
+                f"--transport loopback runs the ducks inside this process; --ducks {self.ducks} "
+                "names other machines: use --transport tcp, or --ducks local:N"
+            )
+
+
+@dataclass(frozen=True)
+class Ducks:
+    """Which ducks: `local` of them started by us, or running ones by address."""
+
+    local: int | None
+    addresses: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Ducks:
+        """Read the value of --ducks.
+
+        Raises:
+            ConfigError: none of local:N, HOST:PORT[,HOST:PORT...] and FILE.toml.
+        """
+        if text.startswith("local:"):
+            count = text.removeprefix("local:")
+            if not (count.isascii() and count.isdigit() and 1 <= int(count) <= MAX_LOCAL_DUCKS):
+                raise ConfigError(f"--ducks {text}: want local:N with N of 1..{MAX_LOCAL_DUCKS}")
+            return cls(int(count))
+        if text.endswith(".toml"):
+            return cls._from_file(Path(text))
+        addresses = tuple(part.strip() for part in text.split(","))
+        for address in addresses:
+            split_address(address)
+        if len(set(addresses)) != len(addresses):
+            raise ConfigError(f"--ducks {text}: an address appears twice")
+        return cls(None, addresses, ("",) * len(addresses))
+
+    @classmethod
+    def _from_file(cls, path: Path) -> Ducks:
+        try:
+            document = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"--ducks {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--ducks {path}: {error}") from error
+        _known(path, "the file", document, {"host", "duck"})
+        host = document.get("host", {})
+        entries = document.get("duck", [])
+        if not isinstance(host, dict):
+            raise ConfigError(f"{path}: [host] must be a table")
+        _known(path, "[host]", host, {"interface", "groups", "key_file"})
+        for key in host:
+            raise ConfigError(f"{path}: [host] {key} is not built yet; remove it")
+        if not isinstance(entries, list) or not entries:
+            raise ConfigError(f"{path}: no [[duck]] in it; want one for each duck, with its address")
+        addresses, names = [], []
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise ConfigError(f"{path}: [[duck]] {number} must be a table")
+            _known(path, f"[[duck]] {number}", entry, {"name", "address", "weight"})
+            address, name = entry.get("address"), entry.get("name", "")
+            if not isinstance(address, str) or not isinstance(name, str):
+                raise ConfigError(f"{path}: [[duck]] {number} wants address = \"HOST:PORT\"")
+            if entry.get("weight", 1) != 1:
+                raise ConfigError(f"{path}: [[duck]] {number}: weights are not built yet; remove it")
+            split_address(address)
+            addresses.append(address)
+            names.append(name)
+        if len(set(addresses)) != len(addresses):
+            raise ConfigError(f"{path}: an address appears twice")
+        return cls(None, tuple(addresses), tuple(names))
+
+    @property
+    def count(self) -> int:
+        return len(self.addresses) if self.local is None else self.local
+
+
+def _known(path: Path, where: str, table: dict[str, Any], allowed: set[str]) -> None:
+    unknown = sorted(set(table) - allowed)
+    if unknown:
+        raise ConfigError(
+            f"{path}: {where} has {', '.join(unknown)}; known are {', '.join(sorted(allowed))}"
+        )
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """HOST:PORT as a pair, with [..] around an IPv6 host.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ConfigError(f"address {text!r}: want HOST:PORT with a port of 0..65535")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

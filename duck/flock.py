@@ -1,0 +1,79 @@
+"""The host's view of all ducks: asks with deadlines out, one sum in duck order back."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+
+from duck import wire
+from duck.placement import Plan
+from duck.transports.base import Ask, Transport
+
+# A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for what
+# nothing else catches. Frozen and dead ducks are noticed by the transport within seconds.
+ASK_S = 30.0
+ASK_ROW_S = 0.5
+
+
+class FlockAsk:
+    """An ask on its way; `sum` waits for it."""
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self.ducks_us: tuple[tuple[int, int], ...] = ()  # (queue, compute) of each duck, after `sum`
+
+    async def sum(self) -> np.ndarray:
+        """(T, hidden) float32: the partial sums added in duck order, whatever order they came in.
+
+        Raises:
+            DuckLost, TransportClosed: there is no sum.
+        """
+        ask = self._ask
+        try:
+            rows = await ask
+        except BaseException:
+            ask.cancel()  # frees the rows when it was us who stopped waiting
+            raise
+        try:
+            partials = wire.to_float32(rows.partials(ask.count))
+            total = partials[0].copy()
+            for partial in partials[1:]:
+                total += partial
+            self.ducks_us = tuple(rows.stamps(duck) for duck in range(len(partials)))
+        finally:
+            ask.release()
+        return total
+
+    @property
+    def seconds(self) -> float:
+        """From sending to the last answer."""
+        return self._ask.waited_ms / 1e3
+
+    def cancel(self) -> None:
+        self._ask.cancel()
+
+
+class Flock:
+    """All ducks behind one transport, agreed on one plan."""
+
+    def __init__(self, transport: Transport, plan: Plan) -> None:
+        self._transport = transport
+        self.plan = plan
+
+    async def start(self) -> None:
+        await self._transport.start(self.plan)
+
+    async def ask(
+        self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
+    ) -> FlockAsk:
+        """Send one layer's rows to every duck; waits only while all row sets are in use.
+
+        x: (T, hidden), float32 or uint16 bfloat16 as the plan says; ids, weights: (T, top_k).
+        """
+        rows = await self._transport.acquire(len(x))
+        deadline = asyncio.get_running_loop().time() + ASK_S + ASK_ROW_S * len(x)
+        return FlockAsk(self._transport.ask(layer, x, ids, weights, rows, deadline=deadline))
+
+    async def close(self) -> None:
+        await self._transport.close()
