@@ -206,7 +206,7 @@ def _noise_words(seed: int, position: int, vocabulary: int) -> NDArray[np.uint32
 def _exponential(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     """Standard exponential noise, above 0 and finite, from uniform words."""
     # Uniform in (0, 1), finest near 0: from there come the small exponentials, which decide. The
-    # scale lies just below 2**-32, lest the largest word round to 1 and its exponential to infinity.
+    # scale lies just below 2**-32: the largest word must not round to 1, of infinite exponential.
     noise = words.astype(np.float32)
     noise += np.float32(0.5)
     noise *= np.float32(2**-32 * (1 - 2**-24))
