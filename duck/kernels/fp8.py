@@ -1,0 +1,112 @@
+"""The number formats of DeepSeek's fp8 checkpoints, in numpy: e4m3 codes and their block scales.
+
+A weight is stored as one e4m3 code per element and one scale per block of rows and columns
+(config key `quantization_config.weight_block_size`, 128 x 128 in the official files):
+
+    W[i, j] = decode(code[i, j]) * scale[i // rows, j // columns]
+
+The last block of a ragged dimension is simply shorter. e4m3 here is the `fn` kind: bias 7, largest
+448, no infinity, codes 0x7F and 0xFF are NaN, subnormal step 2**-9. No x86 CPU knows it, so decoding is
+a table of 256 values. Imports no torch: ducks use this.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Codes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+MAX = 448.0
+"""The largest e4m3 value (code 0x7E)."""
+
+
+def _table() -> Floats:
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    size = np.where(
+        exponent == 0,
+        mantissa * 2.0**-9,
+        (8 + mantissa) * 2.0 ** (exponent - 10.0),  # (1 + m/8) * 2^(e-7)
+    )
+    size[(code & 0x7F) == 0x7F] = np.nan
+    return np.where(code < 128, size, -size).astype(np.float32)
+
+
+E4M3 = _table()
+"""The value of every e4m3 code: (256,) float32."""
+
+_MIDDLES = (E4M3[:126] + E4M3[1:127]) / 2  # exact in float32: one more significand bit
+
+
+def decode(codes: Codes) -> Floats:
+    """The values of e4m3 codes, any shape; NaN codes become NaN."""
+    return E4M3[codes]
+
+
+def has_nan(codes: Codes) -> bool:
+    """Whether any code is one of the two NaN codes."""
+    return bool(((codes & 0x7F) == 0x7F).any())
+
+
+def encode(values: npt.NDArray[np.floating]) -> Codes:
+    """The nearest e4m3 codes, ties to the even code; beyond 448 saturates. Values must be finite."""
+    size = np.abs(values).astype(np.float32)
+    code = np.searchsorted(_MIDDLES, size, side="left")  # a tie lands on the lower code
+    tie = size == _MIDDLES[np.minimum(code, len(_MIDDLES) - 1)]
+    code += tie & (code % 2 == 1)
+    return (code + np.where(np.signbit(values), 128, 0)).astype(np.uint8)
+
+
+def decode_e8m0(codes: Codes) -> Floats:
+    """The values 2**(code - 127) of e8m0 codes, any shape; 255 is NaN."""
+    values = np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
+    return np.where(codes == 255, np.float32(np.nan), values).astype(np.float32)
+
+
+def spread(scales: Floats, edge: int, first: int, count: int, axis: int) -> Floats:
+    """One scale per element instead of one per block, along one axis.
+
+    Returns the scales of elements `first` .. `first + count - 1`, whose blocks are `edge` long and
+    start at element 0: a range may start inside a block.
+    """
+    return np.take(scales, np.arange(first, first + count) // edge, axis=axis)
+
+
+def dequantise(
+    codes: Codes, scales: Floats, block: tuple[int, int], *, row: int = 0, column: int = 0
+) -> Floats:
+    """The float32 weights of a part of a matrix.
+
+    codes: (rows, columns), whose first element is element (row, column) of the whole matrix.
+    scales: of the whole matrix, (ceil(all rows / block[0]), ceil(all columns / block[1])).
+    """
+    rows, columns = codes.shape
+    values = decode(codes)
+    wide = spread(scales, block[1], column, columns, axis=1)
+    first = row // block[0]
+    for index in range(first, -(-(row + rows) // block[0]) if rows else first):
+        start, stop = index * block[0] - row, (index + 1) * block[0] - row
+        values[max(start, 0) : stop] *= wide[index]
+    return values
+
+
+def quantise(
+    weights: Floats, block: tuple[int, int], *, ue8m0: bool = False
+) -> tuple[Codes, Floats]:
+    """Codes and scales of a matrix: each block's largest size maps to 448, a block of zeros to scale 1.
+
+    ue8m0: round scales up to powers of two, as the V3.1 and V3.2 checkpoints have them.
+    """
+    rows, columns = weights.shape
+    high, wide = -(-rows // block[0]), -(-columns // block[1])
+    padded = np.zeros((high * block[0], wide * block[1]), np.float32)
+    padded[:rows, :columns] = np.abs(weights)
+    largest = padded.reshape(high, block[0], wide, block[1]).max(axis=(1, 3))
+    scales = np.where(largest > 0, largest / np.float32(MAX), np.float32(1)).astype(np.float32)
+    if ue8m0:
+        fraction, exponent = np.frexp(scales)  # scale = fraction * 2^exponent, fraction in [.5, 1)
+        scales = np.ldexp(np.float32(1), np.where(fraction == 0.5, exponent - 1, exponent))
+    wide_scales = spread(spread(scales, block[0], 0, rows, 0), block[1], 0, columns, 1)
+    return encode(weights / wide_scales), scales

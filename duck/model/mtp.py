@@ -1,0 +1,50 @@
+"""The MTP module: one more decoder layer that drafts the token after the next.
+
+Position i pairs the main model's final hidden h_i (after model.norm) with the embedding of token i + 1, and its
+logits predict token i + 2. Embedding and head are the main model's.
+Source: DeepSeek-V3 report (arXiv 2412.19437), section 2.2, with the halves in the order of the published weights
+(embedding first; the report's equation 21 writes the hidden first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duck.model.config import ModelConfig
+from duck.model.layers import Loader, Norm
+
+if TYPE_CHECKING:
+    from duck.model.transformer import DecoderLayer
+
+
+class MtpModule:
+    """combine -> `layer` (attend, route, merge, as any MoE layer) -> final -> Transformer.logits."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        config: ModelConfig,
+        layer: DecoderLayer,
+        embed: Callable[[Sequence[int]], Tensor],
+    ) -> None:
+        name, eps = f"model.layers.{layer.index}", config.rms_norm_eps
+        self.layer = layer
+        self._embed = embed
+        self._enorm = Norm(loader, f"{name}.enorm", eps)
+        self._hnorm = Norm(loader, f"{name}.hnorm", eps)
+        self._eh_proj = loader.matrix(f"{name}.eh_proj")
+        self._norm = Norm(loader, f"{name}.shared_head.norm", eps)
+
+    def combine(self, tokens: Sequence[int], h: Tensor) -> Tensor:
+        """The layer's input. tokens: the T tokens that follow the rows of h (T, hidden), final hiddens."""
+        pair = torch.cat((self._enorm(self._embed(tokens)), self._hnorm(h)), dim=-1)
+        return F.linear(pair, self._eh_proj)
+
+    def final(self, x: Tensor) -> Tensor:
+        """The module's own last norm; then Transformer.logits."""
+        return self._norm(x)

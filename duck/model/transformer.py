@@ -1,0 +1,156 @@
+"""The model without its routed experts: layers in order, as steps that a pipeline puts together.
+
+No loop over layers lives here: between `route` and `merge` the routed experts are computed elsewhere, and when
+is the pipeline's business. All calls are synchronous, allocate on `device`, and are meant to run under
+torch.inference_mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from duck.kernels.reference.device import linear_f32
+from duck.model.attention import Attention, KVCache
+from duck.model.config import ModelConfig
+from duck.model.layers import Loader, Mlp, Norm
+from duck.model.mtp import MtpModule
+from duck.model.rope import RopeTable
+from duck.model.router import Routed, Router
+from duck.model.weights import Checkpoint
+
+__all__ = ["DecoderLayer", "KVCache", "MtpModule", "Routed", "Transformer"]
+
+
+class DecoderLayer:
+    """x -> attend -> dense, or route, shared and merge. Rows x: (T, hidden) in the model's dtype."""
+
+    def __init__(self, loader: Loader, config: ModelConfig, index: int, rope: RopeTable) -> None:
+        name, eps = f"model.layers.{index}", config.rms_norm_eps
+        self.index = index
+        self.is_moe = index in config.moe_layers
+        self._input_norm = Norm(loader, f"{name}.input_layernorm", eps)
+        self._attention = Attention(loader, config, index, rope)
+        self._post_norm = Norm(loader, f"{name}.post_attention_layernorm", eps)
+        self._mlp: Mlp | None = None  # the dense layer's MLP, or the shared expert
+        if self.is_moe:
+            self._router = Router(loader, config, index)
+            if config.n_shared_experts:
+                self._mlp = Mlp(loader, f"{name}.mlp.shared_experts")
+        else:
+            self._mlp = Mlp(loader, f"{name}.mlp")
+
+    def attend(
+        self, x: Tensor, cache: KVCache, position: int, *, last: int | None = None
+    ) -> Tensor:
+        """x + attention of the last `last` rows (all when None); every row's KV is written.
+
+        Row t is at position + t and attends to 0 .. position + t, which must have been written. With last=0
+        the result has no rows: the layer's KV is all that was wanted.
+        """
+        count = x.shape[0] if last is None else last
+        out = self._attention(self._input_norm(x), cache, position, count)
+        return _add(x[x.shape[0] - count :], linear_f32(out, self._attention.o_proj))
+
+    def dense(self, x: Tensor) -> Tensor:
+        """x + MLP(norm(x)), of a layer without routed experts."""
+        assert self._mlp is not None
+        assert not self.is_moe
+        return _add(x, self._mlp(self._post_norm(x)))
+
+    def route(self, x: Tensor) -> Routed:
+        """The normed rows and the experts they go to."""
+        return self._router(self._post_norm(x))
+
+    def shared(self, h: Tensor) -> Tensor:
+        """The shared expert of the normed rows: (T, hidden) float32; zeros in a model without one."""
+        if self._mlp is None:
+            return torch.zeros(h.shape, dtype=torch.float32, device=h.device)
+        return self._mlp(h)
+
+    def merge(self, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
+        """x + (routed + shared), summed in float32 and rounded once. routed: (T, hidden) float32."""
+        return _add(x, routed + shared)
+
+
+class Transformer:
+    """Embedding, layers, last norm, head, and the MTP module if the checkpoint has one."""
+
+    def __init__(self, loader: Loader, config: ModelConfig) -> None:
+        self.config, self.device, self.dtype = config, loader.device, loader.dtype
+        rope = RopeTable(config.rope, config.qk_rope_head_dim, loader.device)
+        self._embedding = loader.matrix("model.embed_tokens")
+        self.layers: Sequence[DecoderLayer] = [
+            DecoderLayer(loader, config, index, rope) for index in range(config.num_hidden_layers)
+        ]
+        self._norm = Norm(loader, "model.norm", config.rms_norm_eps)
+        # Logits are float32. A GPU gets them from bf16 weights; a CPU would round them to bf16, and
+        # rounded logits tie.
+        head = torch.float32 if loader.device.type == "cpu" else loader.dtype
+        if config.tie_word_embeddings:
+            self._head = self._embedding.to(head)
+        else:
+            self._head = loader.matrix("lm_head", head)
+        self.mtp: MtpModule | None = None
+        if config.mtp_layers:
+            layer = DecoderLayer(loader, config, config.num_hidden_layers, rope)
+            self.mtp = MtpModule(loader, config, layer, self.embed)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Transformer:
+        """Everything but the routed experts, after `checkpoint.check`.
+
+        progress: called with (bytes read so far, bytes in all) after each tensor.
+
+        Raises:
+            WeightsError: a tensor is missing, misshaped or not numbers.
+        """
+        checkpoint.check(config)
+        total = checkpoint.nbytes_without_experts(config)
+        done = 0
+
+        def step(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+        return cls(Loader(checkpoint, device=device, dtype=dtype, progress=step), config)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for `capacity` positions of all layers, the MTP layer's included."""
+        config = self.config
+        return KVCache(
+            config.num_hidden_layers + config.mtp_layers,
+            config.kv_lora_rank + config.qk_rope_head_dim,
+            capacity,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """(T, hidden). Tokens are below vocab_size: the caller has checked them."""
+        return self._embedding[torch.tensor(tokens, device=self.device)]
+
+    def final(self, x: Tensor) -> Tensor:
+        """model.norm: the hidden that the head and the MTP module take."""
+        return self._norm(x)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(T, vocab) float32, of rows after `final`."""
+        return linear_f32(h, self._head)
+
+
+def _add(x: Tensor, change: Tensor) -> Tensor:
+    """The residual sum: float32, rounded once to x's dtype."""
+    return (x.float() + change).to(x.dtype)

@@ -1,0 +1,552 @@
+"""A checkpoint's tensors, read as published: safetensors files memory-mapped, only what is asked.
+
+The file format (https://huggingface.co/docs/safetensors) is parsed here and not by the safetensors
+library, whose numpy side knows neither fp8 nor bf16, and whose torch side a duck does not have:
+8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+
+The bytes are never trusted: sizes, offsets, shapes and scales are checked, and every WeightsError
+names the tensor, its file and what was expected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from duck.errors import WeightsError
+from duck.kernels import fp8
+from duck.model.config import ModelConfig
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+
+_HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses more as well
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    "F4": 4,
+}
+_VIEWS: dict[str, npt.DTypeLike] = {  # how numpy sees the dtypes that this package reads
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "F8_E4M3": np.uint8,
+    "F8_E8M0": np.uint8,
+    "U8": np.uint8,
+}
+_PLAIN = ("BF16", "F16", "F32")
+_SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+_ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` at `offset` of `file`."""
+
+    name: str
+    file: Path
+    dtype: str  # as safetensors spells it: "F8_E4M3", "BF16", "F32", ...
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.file.name}"
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Columns `columns` of one expert's intermediate dimension I, as stored.
+
+    Shapes, with S = len(columns) and H = hidden_size: gate and up (S, H), down (H, S). Codes are
+    uint8 (e4m3), or uint16 (bf16), float16 or float32 when the checkpoint is not fp8.
+
+    Scales (None when not fp8) are per block along H and per element along I, so they are right for a
+    slice that starts inside a block: with (rows, cols) = `block`,
+
+        gate[s, h] = decode(code[s, h]) * gate_scale[s, h // cols]     gate_scale: (S, ceil(H / cols))
+        down[h, s] = decode(code[h, s]) * down_scale[h // rows, s]     down_scale: (ceil(H / rows), S)
+    """
+
+    columns: range
+    block: tuple[int, int] | None
+    gate: Array
+    up: Array
+    down: Array
+    gate_scale: Floats | None
+    up_scale: Floats | None
+    down_scale: Floats | None
+
+    def dequantise(self) -> tuple[Floats, Floats, Floats]:
+        """gate and up (S, H) and down (H, S) in float32."""
+        edge = (1, 1) if self.block is None else self.block
+        return (
+            _dequantise(self.gate, self.gate_scale, (1, edge[1])),
+            _dequantise(self.up, self.up_scale, (1, edge[1])),
+            _dequantise(self.down, self.down_scale, (edge[0], 1)),
+        )
+
+
+class Checkpoint:
+    """A folder of safetensors files with every header checked; data is read when asked for."""
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None
+    ) -> None:
+        self.folder = folder
+        self.tensors = tensors
+        self.block = block
+        self.bytes_read = 0  # of tensor data asked for so far; for progress
+        self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Parse the headers of `folder`: model.safetensors, or the shards its index names.
+
+        Raises:
+            WeightsError: a file is missing, truncated or inconsistent.
+            ConfigError: config.json cannot be used (it says how large an fp8 block is).
+        """
+        folder = Path(folder)
+        block = ModelConfig.load(folder).weight_block_size
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if single.is_file():
+            return cls(folder, _read_header(single), block)
+        if index.is_file():
+            return cls(folder, _read_index(index), block)
+        raise WeightsError(
+            f"no weights in {folder}: expected model.safetensors or model.safetensors.index.json"
+        )
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises WeightsError when the checkpoint has no tensor of that name."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise WeightsError(f"{self.folder} has no tensor {name}")
+        return info
+
+    def raw(self, name: str) -> Array:
+        """The tensor as stored, a read-only view of the mapped file.
+
+        e4m3, e8m0 and uint8 come as uint8, bf16 as uint16, float16 and float32 as they are.
+        """
+        view = self._view(self.info(name))
+        self.bytes_read += view.nbytes
+        return view
+
+    def f32(self, name: str, rows: slice = _ALL, cols: slice = _ALL) -> Floats:
+        """A tensor, or a part of a matrix, as a float32 array of its own.
+
+        fp8 codes are multiplied by their blocks' scales; only the bytes of the part are read.
+        Slices have step 1.
+
+        Raises:
+            WeightsError: a value is not a finite number, or the scale is missing or misshaped.
+        """
+        info = self.info(name)
+        view = self._view(info)
+        if info.dtype != "F8_E4M3":
+            part = view if view.ndim == 0 else view[rows] if view.ndim == 1 else view[rows, cols]
+            self.bytes_read += part.nbytes
+            return _finite(_widen(part, info), info)
+        scales = self.scale(name)
+        assert self.block is not None  # scale() has seen to it
+        row, column = rows.indices(info.shape[0])[0], cols.indices(info.shape[1])[0]
+        codes = self._codes(info, view[rows, cols])
+        return fp8.dequantise(codes, scales, self.block, row=row, column=column)
+
+    def scale(self, name: str) -> Floats:
+        """The block scales of an fp8 matrix, float32: (ceil(rows / block), ceil(columns / block)).
+
+        Stored as `<name>_scale_inv` (it multiplies, whatever its name says) or `.scale`, in fp32,
+        bf16, fp16 or as powers of two (e8m0 or its codes as uint8).
+        """
+        info = self.info(name)
+        scale = self.tensors.get(_scale_name(name, self.tensors))
+        if scale is None:
+            raise WeightsError(f"{info} is fp8 but has no scale {name}_scale_inv")
+        _check_scale(info, scale, self.block)
+        stored = self._view(scale)
+        self.bytes_read += stored.nbytes
+        if scale.dtype in ("U8", "F8_E8M0"):
+            return _finite(fp8.decode_e8m0(stored), scale)
+        return _finite(_widen(stored, scale), scale)
+
+    def middle(self, info: TensorInfo, count: int) -> bytes:
+        """The `count` bytes in the middle of a tensor, fewer if it is smaller."""
+        view = self._view(info).reshape(-1).view(np.uint8)
+        start = max(0, (view.nbytes - count) // 2)
+        return view[start : start + count].tobytes()
+
+    def nbytes_without_experts(self, config: ModelConfig) -> int:
+        """Bytes of all tensors a model loads, scales included, but for the routed experts."""
+        names: set[str] = set()
+        for want in _expected(config):
+            if ".mlp.experts." not in want.name:
+                names |= {want.name, _scale_name(want.name, self.tensors)}
+        return sum(self.tensors[name].nbytes for name in names if name in self.tensors)
+
+    def expert(self, layer: int, expert: int, columns: range) -> ExpertWeights:
+        """A slice of one routed expert; the arrays are copies, and hold no NaN code.
+
+        columns: of the intermediate dimension, contiguous. The pages of down_proj are all read:
+        each of its rows holds a few bytes of every slice.
+        """
+        prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+        part = slice(columns.start, columns.stop)
+        gate, gate_scale = self._slice(f"{prefix}.gate_proj.weight", part, axis=0)
+        up, up_scale = self._slice(f"{prefix}.up_proj.weight", part, axis=0)
+        down, down_scale = self._slice(f"{prefix}.down_proj.weight", part, axis=1)
+        return ExpertWeights(columns, self.block, gate, up, down, gate_scale, up_scale, down_scale)
+
+    def expert_nbytes(self, layer: int, columns: range) -> int:
+        """Bytes of one expert's slice as stored, scales left out: what a duck reads for it."""
+        prefix = f"model.layers.{layer}.mlp.experts.0"
+        total = 0
+        for projection, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            info = self.info(f"{prefix}.{projection}.weight")
+            total += info.nbytes * len(columns) // info.shape[axis]
+        return total
+
+    def check(self, config: ModelConfig) -> None:
+        """Every tensor the config calls for is there with its shape, dtype and scale, and no other.
+
+        Reads headers only. Raises WeightsError for the first tensor that is missing, misshaped or
+        unknown.
+        """
+        known: set[str] = set()
+        for want in _expected(config):
+            self._check_one(want, config)
+            known |= {want.name, _scale_name(want.name, self.tensors)}
+        ignored = _ignored(config, self.tensors)
+        for name, info in self.tensors.items():
+            if name not in known and not ignored(name):
+                raise WeightsError(
+                    f"unknown tensor {info} ({info.dtype} {list(info.shape)}): "
+                    f"config.json calls for no tensor of that name"
+                )
+
+    def _check_one(self, want: _Expected, config: ModelConfig) -> None:
+        info = self.tensors.get(want.name)
+        shape = list(want.shape)
+        if info is None:
+            hint = ""
+            if want.name.startswith(f"model.layers.{config.num_hidden_layers}."):
+                hint = " (of the MTP layer; num_nextn_predict_layers 0 would do without)"
+            raise WeightsError(f"{self.folder} has no tensor {want.name}, expected {shape}{hint}")
+        if info.shape != want.shape:
+            raise WeightsError(f"{info} has shape {list(info.shape)}, expected {shape}")
+        allowed = (*_PLAIN, "F8_E4M3") if want.quantisable else _PLAIN
+        if info.dtype not in allowed:
+            raise WeightsError(f"{info} has dtype {info.dtype}, expected {' or '.join(allowed)}")
+        if info.dtype == "F8_E4M3":
+            scale = self.tensors.get(_scale_name(want.name, self.tensors))
+            if scale is None:
+                raise WeightsError(f"{info} is fp8 but has no scale {want.name}_scale_inv")
+            _check_scale(info, scale, self.block)
+
+    def _slice(self, name: str, part: slice, *, axis: int) -> tuple[Array, Floats | None]:
+        """Rows (axis 0) or columns (axis 1) of an expert's matrix, with scales spread along them."""
+        info = self.info(name)
+        view = self._view(info)
+        if not 0 <= part.start < part.stop <= view.shape[axis]:
+            raise WeightsError(
+                f"{info} has shape {list(info.shape)}: no slice {part} on axis {axis}"
+            )
+        stored = view[part] if axis == 0 else view[:, part]
+        if info.dtype != "F8_E4M3":
+            self.bytes_read += stored.nbytes
+            _finite(_widen(stored, info), info)
+            return np.array(stored), None
+        scale = self.scale(name)
+        assert self.block is not None  # scale() has seen to it
+        spread = fp8.spread(scale, self.block[axis], part.start, part.stop - part.start, axis)
+        return self._codes(info, stored), spread
+
+    def _codes(self, info: TensorInfo, stored: Array) -> npt.NDArray[np.uint8]:
+        codes: npt.NDArray[np.uint8] = np.array(stored)  # one pass over the file, then memory
+        self.bytes_read += codes.nbytes
+        if fp8.has_nan(codes):
+            raise WeightsError(f"{info} holds the fp8 code of NaN (0x7F or 0xFF)")
+        return codes
+
+    def _view(self, info: TensorInfo) -> Array:
+        dtype = _VIEWS.get(info.dtype)
+        if dtype is None:
+            raise WeightsError(f"{info} has dtype {info.dtype}, which is not supported")
+        data = self._maps.get(info.file)
+        if data is None:
+            data = self._maps[info.file] = np.memmap(info.file, np.uint8, mode="r")
+        part = data[info.offset : info.offset + info.nbytes]
+        return part.view(dtype).reshape(info.shape)
+
+
+def experts_digest(checkpoint: Checkpoint, config: ModelConfig) -> str:
+    """A hex sha256 that names the routed experts, at the cost of a few bytes of each.
+
+    Two machines whose digests agree hold the same experts for all we can cheaply tell: it covers
+    name, dtype, shape and the 64 middle bytes of every routed weight and scale, and the numbers of
+    the config that the expert arithmetic depends on. How tensors are spread over files is left out.
+    """
+    digest = hashlib.sha256()
+
+    def add(*facts: object) -> None:
+        digest.update(json.dumps(facts).encode() + b"\n")
+
+    add(config.hidden_size, config.moe_intermediate_size, config.n_routed_experts)
+    add(config.moe_layers, config.weight_block_size)
+    for layer in config.moe_layers:
+        for expert in range(config.n_routed_experts):
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+                for part in (name, _scale_name(name, checkpoint.tensors)):
+                    if part != name and part not in checkpoint.tensors:
+                        continue  # not fp8: no scale
+                    info = checkpoint.info(part)
+                    add(name, part == name, info.dtype, info.shape)
+                    digest.update(checkpoint.middle(info, 64))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """A tensor that a config calls for; `quantisable`: it may be fp8 with a scale beside it."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantisable: bool = False
+
+
+def _expected(config: ModelConfig) -> Iterator[_Expected]:
+    """Every tensor of a checkpoint, scales left out. Names and shapes: the model's reference code."""
+    hidden = config.hidden_size
+    yield _Expected("model.embed_tokens.weight", (config.vocab_size, hidden))
+    for layer in range(config.num_hidden_layers + config.mtp_layers):
+        yield from _expected_layer(config, layer)
+    yield _Expected("model.norm.weight", (hidden,))
+    if not config.tie_word_embeddings:
+        yield _Expected("lm_head.weight", (config.vocab_size, hidden))
+    if config.mtp_layers:
+        prefix = f"model.layers.{config.num_hidden_layers}"
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            yield _Expected(f"{prefix}.{norm}.weight", (hidden,))
+        yield _Expected(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden), quantisable=True)
+
+
+def _expected_layer(config: ModelConfig, layer: int) -> Iterator[_Expected]:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    q_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    kv_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    prefix = f"model.layers.{layer}"
+
+    def linear(name: str, rows: int, columns: int) -> _Expected:
+        return _Expected(f"{prefix}.{name}.weight", (rows, columns), quantisable=True)
+
+    def norm(name: str, width: int) -> _Expected:
+        return _Expected(f"{prefix}.{name}.weight", (width,))
+
+    def mlp(name: str, width: int) -> Iterator[_Expected]:
+        yield linear(f"{name}.gate_proj", width, hidden)
+        yield linear(f"{name}.up_proj", width, hidden)
+        yield linear(f"{name}.down_proj", hidden, width)
+
+    yield norm("input_layernorm", hidden)
+    yield norm("post_attention_layernorm", hidden)
+    rank = config.q_lora_rank
+    if rank is None:
+        yield linear("self_attn.q_proj", q_width, hidden)
+    else:
+        yield linear("self_attn.q_a_proj", rank, hidden)
+        yield norm("self_attn.q_a_layernorm", rank)
+        yield linear("self_attn.q_b_proj", q_width, rank)
+    latent = config.kv_lora_rank
+    yield linear("self_attn.kv_a_proj_with_mqa", latent + config.qk_rope_head_dim, hidden)
+    yield norm("self_attn.kv_a_layernorm", latent)
+    yield linear("self_attn.kv_b_proj", kv_width, latent)
+    yield linear("self_attn.o_proj", hidden, heads * config.v_head_dim)
+    if layer < config.first_k_dense_replace:
+        yield from mlp("mlp", config.intermediate_size)
+        return
+    yield _Expected(f"{prefix}.mlp.gate.weight", (config.n_routed_experts, hidden))
+    if config.topk_method == "noaux_tc":
+        bias = f"{prefix}.mlp.gate.e_score_correction_bias"
+        yield _Expected(bias, (config.n_routed_experts,))
+    for expert in range(config.n_routed_experts):
+        yield from mlp(f"mlp.experts.{expert}", config.moe_intermediate_size)
+    if config.n_shared_experts:
+        width = config.n_shared_experts * config.moe_intermediate_size
+        yield from mlp("mlp.shared_experts", width)
+
+
+class _Ignored:
+    """Which tensors beyond the expected ones are known and not needed."""
+
+    def __init__(self, config: ModelConfig, names: Mapping[str, TensorInfo]) -> None:
+        self._config = config
+        patterns = [r".*\.rotary_emb\.inv_freq"]  # computed; older files store it
+        if config.model_type == "deepseek_v32":
+            # The indexer picks keys beyond index_topk; within it, attention is dense.
+            patterns.append(r"model\.layers\.\d+\.self_attn\.indexer\..*")
+        if config.tie_word_embeddings:
+            patterns.append(r"lm_head\.weight")
+        layer = config.num_hidden_layers
+        # Copies of the main model's embedding and head, 3.5 GB in the official files.
+        patterns.append(rf"model\.layers\.{layer}\.(embed_tokens|shared_head\.head)\.weight")
+        # MTP modules that the config leaves unused: known by their eh_proj.
+        unused = [
+            found.group(1)
+            for name in names
+            if (found := re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name))
+            and int(found.group(1)) >= layer + config.mtp_layers
+        ]
+        patterns += [rf"model\.layers\.{index}\..*" for index in unused]
+        self._pattern = re.compile("|".join(patterns))
+
+    def __call__(self, name: str) -> bool:
+        return self._pattern.fullmatch(name) is not None
+
+
+_ignored = _Ignored
+
+
+def _scale_name(weight: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """`<weight>_scale_inv`, or `.scale` where that is the spelling present."""
+    official, other = f"{weight}_scale_inv", f"{weight.removesuffix('.weight')}.scale"
+    return other if other in tensors and official not in tensors else official
+
+
+def _check_scale(info: TensorInfo, scale: TensorInfo, block: tuple[int, int] | None) -> None:
+    if block is None:
+        raise WeightsError(
+            f"{info} is fp8, but config.json has no quantization_config.weight_block_size"
+        )
+    if len(info.shape) != 2:
+        raise WeightsError(f"{info} is fp8 with shape {list(info.shape)}, expected a matrix")
+    expected = tuple(-(-size // edge) for size, edge in zip(info.shape, block, strict=True))
+    if scale.shape != expected:
+        raise WeightsError(
+            f"{scale} has shape {list(scale.shape)}, expected {list(expected)}: one scale per "
+            f"{block[0]}x{block[1]} block of {list(info.shape)}"
+        )
+    if scale.dtype not in _SCALES:
+        raise WeightsError(f"{scale} has dtype {scale.dtype}, expected {' or '.join(_SCALES)}")
+
+
+def bf16_to_f32(stored: npt.NDArray[np.uint16]) -> Floats:
+    """bf16, which numpy does not know and holds as uint16, to float32: exact, a copy."""
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def _widen(stored: Array, info: TensorInfo) -> Floats:
+    """bf16 (as uint16), fp16 or fp32 to float32, exactly, as a copy."""
+    if info.dtype == "BF16":
+        return bf16_to_f32(stored)
+    if info.dtype in ("F16", "F32"):
+        return stored.astype(np.float32)
+    raise WeightsError(f"{info} has dtype {info.dtype}, expected {' or '.join(_PLAIN)}")
+
+
+def _dequantise(stored: Array, scales: Floats | None, block: tuple[int, int]) -> Floats:
+    if scales is not None:
+        return fp8.dequantise(stored, scales, block)
+    return bf16_to_f32(stored) if stored.dtype == np.uint16 else stored.astype(np.float32)
+
+
+def _finite(values: Floats, info: TensorInfo) -> Floats:
+    if not np.isfinite(values).all():
+        raise WeightsError(f"{info} holds a value that is not a finite number")
+    return values
+
+
+def _read_index(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a sharded checkpoint: {"weight_map": {tensor: file}}."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise WeightsError(f"{path} is not a safetensors index: {problem!r}") from problem
+    if not isinstance(weight_map, dict):
+        raise WeightsError(f"{path}: weight_map is no object")
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise WeightsError(
+                f"{path}: {name} lies in {file!r}, expected a file name of this folder"
+            )
+        if file not in shards:
+            shards[file] = _read_header(path.parent / file)
+        if name not in shards[file]:
+            raise WeightsError(f"{name} is not in {file}, where {path.name} says it lies")
+        tensors[name] = shards[file][name]
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, their places checked against its size."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise WeightsError(
+                    f"{path} is truncated or no safetensors file: {size} bytes, "
+                    f"and a header of {length} bytes announced"
+                )
+            text = file.read(length)
+    except OSError as problem:
+        raise WeightsError(f"cannot read {path}: {problem.strerror}") from problem
+    try:
+        header = json.loads(text)
+    except ValueError as problem:
+        raise WeightsError(f"{path}: the header is not JSON: {problem}") from problem
+    if not isinstance(header, dict):
+        raise WeightsError(f"{path}: the header is no JSON object")
+    header.pop("__metadata__", None)
+    data = 8 + length
+    tensors = {name: _parse_entry(path, name, entry, data) for name, entry in header.items()}
+    end, before = data, "the header"
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != end:
+            raise WeightsError(
+                f"{info} starts at byte {info.offset}, expected {end}, where {before} ends"
+            )
+        end, before = info.offset + info.nbytes, info.name
+        if end > size:
+            raise WeightsError(f"{path} is truncated: {info.name} ends at byte {end} of {size}")
+    if end != size:
+        raise WeightsError(f"{path} has {size} bytes, expected {end}: bytes that no tensor owns")
+    return tensors
+
+
+def _parse_entry(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
+    """One header entry: {"dtype": str, "shape": [sizes], "data_offsets": [begin, end]}."""
+
+    def whole(numbers: Any) -> bool:
+        return isinstance(numbers, list) and all(
+            isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers
+        )
+
+    if not isinstance(entry, dict):
+        raise WeightsError(f"{path}: the entry of {name} is no JSON object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not whole(shape) or not whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise WeightsError(f"{name} in {path.name}: bad shape {shape} or data_offsets {offsets}")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise WeightsError(f"{name} in {path.name} has dtype {dtype!r}, which is not supported")
+    nbytes, expected = offsets[1] - offsets[0], math.prod(shape) * _BITS[dtype] // 8
+    if nbytes != expected:
+        raise WeightsError(
+            f"{name} in {path.name} has {nbytes} bytes, expected {expected} for {dtype} {shape}"
+        )
+    return TensorInfo(name, path, dtype, tuple(shape), data + offsets[0], nbytes)
