@@ -1,11 +1,11 @@
 """Tiny random checkpoints in the published format, for tests of every part.
 
-    folder = make_checkpoint(tmp_path, seed=0)                       # deepseek_v3, fp8 blocks, one MTP layer
-    folder = make_checkpoint(tmp_path, seed=0, n_group=1, shards=3)  # any key of config.json, any layout option
+    make_checkpoint(tmp_path, seed=0)                       # deepseek_v3, fp8, one MTP layer
+    make_checkpoint(tmp_path, seed=0, n_group=1, shards=3)  # any key of config.json, any layout
 
-Weights are scaled so that the model behaves like one: logits have a standard deviation of about 2, attention
-and experts both matter, and routing is spread over all experts. The writer shares no code with the reader in
-duck/model/weights.py. Takes well under a second.
+Weights are scaled so that the model behaves like one: logits have a standard deviation of about 2,
+attention and experts both matter, and routing is spread over all experts. The writer shares no code
+with the reader in duck/model/weights.py. Takes well under a second.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def make_checkpoint(
     weights: "fp8", "bf16" or "f32"; the last two have no quantization_config.
     scale_dtype: F32, BF16, F8_E8M0 or U8 (both hold powers of two as exponent bytes).
     scale_name: "weight_scale_inv" as DeepSeek publishes, or "scale".
-    shards: 0 writes one model.safetensors; n writes n files, no scale beside its weight, and an index.
+    shards: 0 writes one model.safetensors; n writes n files and an index, no scale by its weight.
     mtp_copies: also write the MTP layer's copies of embedding and head.
     bias_std: of e_score_correction_bias; at 1.0 many biased scores are negative.
     config: keys of config.json that differ from CONFIG.
@@ -104,7 +104,7 @@ def make_checkpoint(
 
     rng = np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
-    for name, size, std, kind in _parameters(shape, bias_std, mtp_copies):
+    for name, size, std, kind in _parameters(shape, bias_std):
         values = rng.standard_normal(size, dtype=np.float32) * np.float32(std)
         if kind == "norm":
             values = 1 + values
@@ -169,7 +169,7 @@ def _quantise(
 
 
 def _parameters(
-    shape: Mapping[str, Any], bias_std: float, mtp_copies: bool
+    shape: Mapping[str, Any], bias_std: float
 ) -> Iterator[tuple[str, tuple[int, ...], float, str]]:
     """(name, shape, standard deviation, kind); kind: "linear" (fp8), "bf16", "norm" or "f32"."""
     hidden, vocab = shape["hidden_size"], shape["vocab_size"]
@@ -264,16 +264,17 @@ SPECIAL_TOKENS = (  # ids 0.. in this order
 _MERGES = (
     "t h, h e, th e, i n, a n, e r, o n, r e, a t, e n, o r, i s, i t, e s, a l, o u, "
     "Ġ t, Ġt he, Ġ a, Ġ s, Ġ i, Ġ w, Ġ o, in g, an d, s t"
-).split(", ")
+)
 
 
 def _write_tokenizer(folder: Path) -> None:
     """A byte-level BPE of 288 tokens: DeepSeek's special tokens, all bytes, a few merges."""
+    merges = _MERGES.split(", ")
     # GPT-2's byte alphabet: printable bytes stand for themselves, the rest for U+0100 and up.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     alphabet = [chr(byte if byte in printable else next(spare)) for byte in range(256)]
-    tokens = [*SPECIAL_TOKENS, *alphabet, *(merge.replace(" ", "") for merge in _MERGES)]
+    tokens = [*SPECIAL_TOKENS, *alphabet, *(merge.replace(" ", "") for merge in merges)]
     assert len(tokens) == CONFIG["vocab_size"]
     added = [
         {
@@ -306,7 +307,7 @@ def _write_tokenizer(folder: Path) -> None:
             "fuse_unk": False,
             "byte_fallback": False,
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": list(_MERGES),
+            "merges": merges,
         },
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))

@@ -6,8 +6,8 @@ A weight is stored as one e4m3 code per element and one scale per block of rows 
     W[i, j] = decode(code[i, j]) * scale[i // rows, j // columns]
 
 The last block of a ragged dimension is simply shorter. e4m3 here is the `fn` kind: bias 7, largest
-448, no infinity, codes 0x7F and 0xFF are NaN, subnormal step 2**-9. No x86 CPU knows it, so decoding is
-a table of 256 values. Imports no torch: ducks use this.
+448, no infinity, codes 0x7F and 0xFF are NaN, subnormal step 2**-9. No x86 CPU knows it, so
+decoding is a table of 256 values. Imports no torch: ducks use this.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _MIDDLES = (E4M3[:126] + E4M3[1:127]) / 2  # exact in float32: one more signific
 
 def decode(codes: Codes) -> Floats:
     """The values of e4m3 codes, any shape; NaN codes become NaN."""
-    return E4M3[codes]
+    values: Floats = E4M3[codes]
+    return values
 
 
 def has_nan(codes: Codes) -> bool:
@@ -51,12 +52,13 @@ def has_nan(codes: Codes) -> bool:
 
 
 def encode(values: npt.NDArray[np.floating]) -> Codes:
-    """The nearest e4m3 codes, ties to the even code; beyond 448 saturates. Values must be finite."""
+    """The nearest e4m3 codes, ties to the even one; beyond 448 saturates. Values are finite."""
     size = np.abs(values).astype(np.float32)
     code = np.searchsorted(_MIDDLES, size, side="left")  # a tie lands on the lower code
     tie = size == _MIDDLES[np.minimum(code, len(_MIDDLES) - 1)]
     code += tie & (code % 2 == 1)
-    return (code + np.where(np.signbit(values), 128, 0)).astype(np.uint8)
+    codes: Codes = (code + np.where(np.signbit(values), 128, 0)).astype(np.uint8)
+    return codes
 
 
 def decode_e8m0(codes: Codes) -> Floats:
@@ -95,9 +97,10 @@ def dequantise(
 def quantise(
     weights: Floats, block: tuple[int, int], *, ue8m0: bool = False
 ) -> tuple[Codes, Floats]:
-    """Codes and scales of a matrix: each block's largest size maps to 448, a block of zeros to scale 1.
+    """Codes and scales of a matrix; each block's largest size maps to 448.
 
-    ue8m0: round scales up to powers of two, as the V3.1 and V3.2 checkpoints have them.
+    ue8m0: round scales up to powers of two, as the V3.1 and V3.2 checkpoints have them. The scale
+    of a block of zeros is 1.
     """
     rows, columns = weights.shape
     high, wide = -(-rows // block[0]), -(-columns // block[1])

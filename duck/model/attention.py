@@ -1,7 +1,7 @@
 """Multi-head latent attention (MLA) and its cache of latents.
 
-A cached token is one row per layer: the normed latent c (kv_lora_rank numbers) and the rotated key k_pe that
-all heads share (qk_rope_head_dim). Keys and values of heads exist only inside one call.
+A cached token is one row per layer: the normed latent c (kv_lora_rank numbers) and the rotated key
+k_pe that all heads share (qk_rope_head_dim). Keys and values of heads exist only inside one call.
 Source: DeepSeek-V2 report (arXiv 2405.04434), section 2.1.
 """
 
@@ -81,7 +81,7 @@ class Attention:
         self._kv_a = loader.matrix(f"{name}.kv_a_proj_with_mqa")
         self._kv_norm = Norm(loader, f"{name}.kv_a_layernorm", _LATENT_EPS)
         # Per head: first the rows that make its key, then the rows that make its value.
-        per_head = loader.matrix(f"{name}.kv_b_proj").unflatten(0, (self._heads, -1))
+        per_head = loader.matrix(f"{name}.kv_b_proj").view(self._heads, -1, self._rank)
         self._wk = per_head[:, : self._nope].contiguous()
         self._wv = per_head[:, self._nope :].contiguous()
         self.o_proj = loader.matrix(f"{name}.o_proj")
@@ -94,25 +94,26 @@ class Attention:
     def __call__(self, x: Tensor, cache: KVCache, position: int, last: int) -> Tensor:
         """Write the latents of all rows, attend with the last `last` of them.
 
-        x: (T, hidden), normed, at position .. position + T - 1. Returns (last, heads * v_head_dim), the
-        input of o_proj.
+        x: (T, hidden), normed, at position .. position + T - 1. Returns (last, heads * v_head_dim),
+        the input of o_proj.
         """
         rows = x.shape[0]
-        c, k_pe = F.linear(x, self._kv_a).split((self._rank, self._kv_a.shape[0] - self._rank), -1)
-        k_pe = rotate(k_pe, *self._rope.at(position, rows))
-        cache.write(self._layer, position, torch.cat((self._kv_norm(c), k_pe), dim=-1))
+        latent = F.linear(x, self._kv_a)
+        c = self._kv_norm(latent[:, : self._rank])
+        k_pe = rotate(latent[:, self._rank :], *self._rope.at(position, rows))
+        cache.write(self._layer, position, torch.cat((c, k_pe), dim=-1))
 
         if last == 0:
             return x.new_empty(0, self.o_proj.shape[1])
         first = position + rows - last
-        latent = cache.read(self._layer, position + rows)
         q = x[rows - last :]
         if self._q_norm is not None:
             q = self._q_norm(F.linear(q, self._q_a))
-        q = F.linear(q, self._q_proj).unflatten(-1, (self._heads, -1))
+        q = F.linear(q, self._q_proj).view(last, self._heads, -1)
         cos, sin = self._rope.at(first, last)
         q_pe = rotate(q[..., self._nope :], cos[:, None], sin[:, None])
         few = self._few_rows is None or last <= self._few_rows
         attend = attend_absorbed if few else attend_naive
-        out = attend(q[..., : self._nope], q_pe, latent, self._wk, self._wv, self._scale, first)
+        seen = cache.read(self._layer, position + rows)
+        out = attend(q[..., : self._nope], q_pe, seen, self._wk, self._wv, self._scale, first)
         return out.flatten(1)

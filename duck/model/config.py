@@ -247,7 +247,7 @@ class _Keys:
         return ConfigError(f"{self.source}: {key}: {problem}")
 
     def integer(self, *names: str, least: int, default: int | None = None) -> int:
-        """The first of `names` that is present; ConfigError when none is and no default is given."""
+        """The first of `names` that is present; without a default one of them must be."""
         for name in names:
             value = self.integer_or_none(name, least=least)
             if value is not None:
@@ -342,7 +342,7 @@ def _dense_layers(keys: _Keys, layers: int) -> int:
 
 
 def _rope(keys: _Keys) -> Rope:
-    """From `rope_theta` and `rope_scaling`, or both nested in `rope_parameters` (transformers 5)."""
+    """From `rope_theta` and `rope_scaling`, or both in `rope_parameters` (transformers 5)."""
     nested = keys.table("rope_parameters")
     scaling = nested or keys.table("rope_scaling")
     theta = (nested.number_or_none("rope_theta") if nested else None) or keys.number(

@@ -1,4 +1,4 @@
-"""What layers are made of: parameters on their way from the checkpoint to the device, and the MLP."""
+"""What layers are made of: parameters brought from checkpoint to device, the norm, the MLP."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from duck.model.weights import Checkpoint
 
 
 class Loader:
-    """Brings tensors to the device in the dtype wanted, fp8 dequantised, and reports progress.
+    """Brings tensors to the device in the dtype wanted, fp8 dequantised.
 
-    progress: called with (bytes read so far, `total`) after every tensor.
+    progress: called after every tensor with the bytes it took.
     """
 
     def __init__(
@@ -63,5 +63,5 @@ class Mlp:
         self._down = loader.matrix(f"{name}.down_proj")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: (rows, hidden). Returns (rows, hidden) float32, for the caller to add and round once."""
+        """(rows, hidden) to (rows, hidden) float32, for the caller to add and round once."""
         return swiglu_f32(x, self._gate, self._up, self._down)

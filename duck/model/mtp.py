@@ -1,9 +1,9 @@
 """The MTP module: one more decoder layer that drafts the token after the next.
 
-Position i pairs the main model's final hidden h_i (after model.norm) with the embedding of token i + 1, and its
-logits predict token i + 2. Embedding and head are the main model's.
-Source: DeepSeek-V3 report (arXiv 2412.19437), section 2.2, with the halves in the order of the published weights
-(embedding first; the report's equation 21 writes the hidden first).
+Position i pairs the main model's final hidden h_i (after model.norm) with the embedding of the
+next token; its logits predict the token after that. Embedding and head are the main model's.
+Source: DeepSeek-V3 report (arXiv 2412.19437), section 2.2, with the halves in the order of the
+published weights: embedding first, where the report's equation 21 writes the hidden first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class MtpModule:
-    """combine -> `layer` (attend, route, merge, as any MoE layer) -> final -> Transformer.logits."""
+    """combine, then `layer` as any MoE layer, then final and Transformer.logits."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class MtpModule:
         self._norm = Norm(loader, f"{name}.shared_head.norm", eps)
 
     def combine(self, tokens: Sequence[int], h: Tensor) -> Tensor:
-        """The layer's input. tokens: the T tokens that follow the rows of h (T, hidden), final hiddens."""
+        """The layer's input (T, hidden), from final hiddens h and the tokens that follow them."""
         pair = torch.cat((self._enorm(self._embed(tokens)), self._hnorm(h)), dim=-1)
         return F.linear(pair, self._eh_proj)
 

@@ -1,7 +1,7 @@
 """Rotary positions with YaRN: one table of cosines and sines for all layers, and the softmax scale.
 
-Formulas: YaRN (arXiv 2309.00071) as DeepSeek's code has it. Positions reach 163,840, so angles are computed
-in float64 and stored in float32.
+Formulas: YaRN (arXiv 2309.00071) as DeepSeek's code has it. Positions reach 163,840, so angles are
+computed in float64 and stored in float32.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def inverse_frequencies(rope: Rope, width: int) -> list[float]:
 
 
 def _gain(factor: float, mscale: float) -> float:
+    """YaRN's attention factor for a stretch of `factor`."""
     return 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -58,12 +59,14 @@ def table_gain(rope: Rope) -> float:
 def softmax_scale(config: ModelConfig) -> float:
     """What attention scores are multiplied by: 1 / sqrt(head width), times m^2 under YaRN.
 
-    m comes from mscale_all_dim alone (the cosines carry the ratio): 0.1352338 in the official files.
+    m comes from mscale_all_dim alone; the cosines carry the ratio of the two mscales. The official
+    files give 0.1352338.
     """
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    scale = 1 / math.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
     yarn = config.rope.scaling
     if yarn is not None and yarn.mscale_all_dim:
-        scale *= _gain(yarn.factor, yarn.mscale_all_dim) ** 2
+        gain = _gain(yarn.factor, yarn.mscale_all_dim)
+        scale *= gain * gain
     return scale
 
 
@@ -77,7 +80,7 @@ class RopeTable:
         self._cos, self._sin = self._rows(256)
 
     def at(self, position: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions `position` .. `position + rows - 1`: (rows, width / 2) float32."""
+        """Cosines and sines of `rows` positions from `position`: each (rows, width / 2) float32."""
         stop = position + rows
         if stop > len(self._cos):
             self._cos, self._sin = self._rows(max(stop, 2 * len(self._cos)))

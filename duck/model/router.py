@@ -1,7 +1,7 @@
 """The router: which experts a token goes to, and with what weights.
 
-Everything is float32: a router in bfloat16 picks other experts. Ties go to the lower index, so that the
-choice never depends on the device or the number of rows.
+Everything is float32: a router in bfloat16 picks other experts. Ties go to the lower index, so that
+the choice never depends on the device or the number of rows.
 Source: DeepSeek-V3 report (arXiv 2412.19437), section 2.1.2; V2's two older rules are flags.
 """
 
@@ -20,8 +20,8 @@ from duck.model.layers import Loader
 class Routed:
     """What the ducks need: the experts' input and who takes it.
 
-    h: (T, hidden), the normed input. ids: (T, K) int32. weights: (T, K) float32, routed_scaling_factor
-    included.
+    h: (T, hidden), the normed input. ids: (T, K) int32. weights: (T, K) float32,
+    routed_scaling_factor included.
     """
 
     h: Tensor
@@ -63,7 +63,7 @@ def choose(logits: Tensor, bias: Tensor | None, h: Tensor, config: ModelConfig) 
 
 def _keep_best_groups(choice: Tensor, config: ModelConfig) -> Tensor:
     """Set the scores outside each row's topk_group best groups to -inf."""
-    grouped = choice.unflatten(1, (config.n_group, -1))
+    grouped = choice.view(len(choice), config.n_group, -1)
     if config.topk_method == "noaux_tc":
         strength = grouped.topk(2, dim=-1).values.sum(dim=-1)
     else:  # group_limited_greedy, of V2
@@ -74,5 +74,6 @@ def _keep_best_groups(choice: Tensor, config: ModelConfig) -> Tensor:
 
 
 def _best(values: Tensor, count: int) -> Tensor:
-    """Indices (T, count) of the largest values, best first; of equals the lower index (topk leaves it open)."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    """Indices (T, count) of the largest values, best first; topk would leave ties open."""
+    order: Tensor = values.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, :count]

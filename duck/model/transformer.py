@@ -1,8 +1,8 @@
 """The model without its routed experts: layers in order, as steps that a pipeline puts together.
 
-No loop over layers lives here: between `route` and `merge` the routed experts are computed elsewhere, and when
-is the pipeline's business. All calls are synchronous, allocate on `device`, and are meant to run under
-torch.inference_mode.
+No loop over layers lives here: between `route` and `merge` the routed experts are computed
+elsewhere, and when is the pipeline's business. All calls are synchronous, allocate on `device`, and
+are meant to run under torch.inference_mode.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["DecoderLayer", "KVCache", "MtpModule", "Routed", "Transformer"]
 
 
 class DecoderLayer:
-    """x -> attend -> dense, or route, shared and merge. Rows x: (T, hidden) in the model's dtype."""
+    """Attend, then dense, or route, shared and merge. Rows x: (T, hidden) in the model's dtype."""
 
     def __init__(self, loader: Loader, config: ModelConfig, index: int, rope: RopeTable) -> None:
         name, eps = f"model.layers.{index}", config.rms_norm_eps
@@ -45,17 +45,17 @@ class DecoderLayer:
     def attend(
         self, x: Tensor, cache: KVCache, position: int, *, last: int | None = None
     ) -> Tensor:
-        """x + attention of the last `last` rows (all when None); every row's KV is written.
+        """Add attention to the last `last` rows (None: all); the KV of every row is written.
 
-        Row t is at position + t and attends to 0 .. position + t, which must have been written. With last=0
-        the result has no rows: the layer's KV is all that was wanted.
+        Row t is at position + t and attends to 0 .. position + t, which must have been written.
+        With last=0 the result has no rows: the layer's KV is all that was wanted.
         """
         count = x.shape[0] if last is None else last
         out = self._attention(self._input_norm(x), cache, position, count)
         return _add(x[x.shape[0] - count :], linear_f32(out, self._attention.o_proj))
 
     def dense(self, x: Tensor) -> Tensor:
-        """x + MLP(norm(x)), of a layer without routed experts."""
+        """Return x + MLP(norm(x)), of a layer without routed experts."""
         assert self._mlp is not None
         assert not self.is_moe
         return _add(x, self._mlp(self._post_norm(x)))
@@ -65,13 +65,13 @@ class DecoderLayer:
         return self._router(self._post_norm(x))
 
     def shared(self, h: Tensor) -> Tensor:
-        """The shared expert of the normed rows: (T, hidden) float32; zeros in a model without one."""
+        """The shared expert of the normed rows, (T, hidden) float32; zeros where there is none."""
         if self._mlp is None:
             return torch.zeros(h.shape, dtype=torch.float32, device=h.device)
         return self._mlp(h)
 
     def merge(self, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
-        """x + (routed + shared), summed in float32 and rounded once. routed: (T, hidden) float32."""
+        """Return x + (routed + shared), summed in float32 and rounded once."""
         return _add(x, routed + shared)
 
 

@@ -72,11 +72,11 @@ class ExpertWeights:
     Shapes, with S = len(columns) and H = hidden_size: gate and up (S, H), down (H, S). Codes are
     uint8 (e4m3), or uint16 (bf16), float16 or float32 when the checkpoint is not fp8.
 
-    Scales (None when not fp8) are per block along H and per element along I, so they are right for a
-    slice that starts inside a block: with (rows, cols) = `block`,
+    Scales (None when not fp8) are per block along H and per element along I, so they are right for
+    a slice that starts inside a block: with (rows, cols) = `block`,
 
-        gate[s, h] = decode(code[s, h]) * gate_scale[s, h // cols]     gate_scale: (S, ceil(H / cols))
-        down[h, s] = decode(code[h, s]) * down_scale[h // rows, s]     down_scale: (ceil(H / rows), S)
+        gate[s, h] = decode(code[s, h]) * gate_scale[s, h // cols]      (S, ceil(H / cols))
+        down[h, s] = decode(code[h, s]) * down_scale[h // rows, s]      (ceil(H / rows), S)
     """
 
     columns: range
@@ -89,7 +89,7 @@ class ExpertWeights:
     down_scale: Floats | None
 
     def dequantise(self) -> tuple[Floats, Floats, Floats]:
-        """gate and up (S, H) and down (H, S) in float32."""
+        """Return gate (S, H), up (S, H) and down (H, S) in float32."""
         edge = (1, 1) if self.block is None else self.block
         return (
             _dequantise(self.gate, self.gate_scale, (1, edge[1])),
@@ -257,7 +257,7 @@ class Checkpoint:
             _check_scale(info, scale, self.block)
 
     def _slice(self, name: str, part: slice, *, axis: int) -> tuple[Array, Floats | None]:
-        """Rows (axis 0) or columns (axis 1) of an expert's matrix, with scales spread along them."""
+        """Rows (axis 0) or columns (axis 1) of a matrix, with scales spread along them."""
         info = self.info(name)
         view = self._view(info)
         if not 0 <= part.start < part.stop <= view.shape[axis]:
@@ -329,7 +329,7 @@ class _Expected:
 
 
 def _expected(config: ModelConfig) -> Iterator[_Expected]:
-    """Every tensor of a checkpoint, scales left out. Names and shapes: the model's reference code."""
+    """Every tensor of a checkpoint but scales. Names and shapes: DeepSeek's published files."""
     hidden = config.hidden_size
     yield _Expected("model.embed_tokens.weight", (config.vocab_size, hidden))
     for layer in range(config.num_hidden_layers + config.mtp_layers):
@@ -531,22 +531,28 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _parse_entry(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     """One header entry: {"dtype": str, "shape": [sizes], "data_offsets": [begin, end]}."""
-
-    def whole(numbers: Any) -> bool:
-        return isinstance(numbers, list) and all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers
-        )
-
     if not isinstance(entry, dict):
         raise WeightsError(f"{path}: the entry of {name} is no JSON object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not whole(shape) or not whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise WeightsError(f"{name} in {path.name}: bad shape {shape} or data_offsets {offsets}")
+    dtype, shape = entry.get("dtype"), _sizes(entry.get("shape"))
+    offsets = _sizes(entry.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise WeightsError(f"{name} in {path.name} has a bad shape or data_offsets: {entry}")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise WeightsError(f"{name} in {path.name} has dtype {dtype!r}, which is not supported")
     nbytes, expected = offsets[1] - offsets[0], math.prod(shape) * _BITS[dtype] // 8
     if nbytes != expected:
         raise WeightsError(
-            f"{name} in {path.name} has {nbytes} bytes, expected {expected} for {dtype} {shape}"
+            f"{name} in {path.name} has {nbytes} bytes, expected {expected} for "
+            f"{dtype} {list(shape)}"
         )
-    return TensorInfo(name, path, dtype, tuple(shape), data + offsets[0], nbytes)
+    return TensorInfo(name, path, dtype, shape, data + offsets[0], nbytes)
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A JSON list of whole numbers that are sizes or places, or None."""
+    if not isinstance(value, list):
+        return None
+    for number in value:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
+            return None
+    return tuple(value)

@@ -1,8 +1,8 @@
 """The device's arithmetic in plain torch: the truth that faster kernels are compared with.
 
-Precision follows DeepSeek's own code where it decides results: norms, rotations, softmax and sums run in
-float32 whatever the dtype of the model; matrices are multiplied in the dtype they are stored in.
-Rows are tokens; linear weights are (out, in).
+Precision follows DeepSeek's own code where it decides results: norms, rotations, softmax and sums
+run in float32 whatever the dtype of the model; matrices are multiplied in the dtype they are stored
+in. Rows are tokens; weights are (out, in).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SCORES = 1 << 24
-"""Attention scores held at once (64 MiB of float32): longer prompts go through in blocks of rows."""
+"""Attention scores held at once (64 MiB of float32); longer prompts go in blocks of rows."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, in float32. Returns x's dtype."""
+    """Return weight * x / sqrt(mean(x^2) + eps) over the last axis, in x's dtype."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (weight * (wide * scale)).to(x.dtype)
 
 
 def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T as float32, without a rounding to a shorter dtype where the device allows it."""
+    """Return x @ weight.T as float32, on a GPU without a rounding to bf16 in between."""
     if weight.dtype == torch.float32:
         return F.linear(x.float(), weight)
     if x.is_cuda:
@@ -58,7 +58,8 @@ def attend_absorbed(
 ) -> Tensor:
     """MLA with the key and value projections moved to the query's side; for few rows.
 
-    A cached token costs r + dr numbers instead of heads * (dn + dv). Source: DeepSeek-V2 report, 2.1.2.
+    A cached token costs r + dr numbers instead of heads * (dn + dv). Source: DeepSeek-V2 report
+    (arXiv 2405.04434), 2.1.2.
 
     q_nope: (T, heads, dn) and q_pe: (T, heads, dr), rotated; row t is at `position` + t.
     latent: (S, r + dr), normed c and rotated k_pe of positions 0..S-1, S = position + T.
@@ -86,7 +87,7 @@ def attend_naive(
     scale: float,
     position: int,
 ) -> Tensor:
-    """MLA with keys and values written out per head; for many rows. As `attend_absorbed` otherwise."""
+    """MLA with keys and values written out per head, for many rows; else as `attend_absorbed`."""
     rank = wk.shape[2]
     c, k_pe = latent[:, :rank], latent[:, rank:]
     k_nope = torch.einsum("sr,hdr->hsd", c, wk).float()
