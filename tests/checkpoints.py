@@ -174,12 +174,14 @@ def _parameters(
     """(name, shape, standard deviation, kind); kind: "linear" (fp8), "bf16", "norm" or "f32"."""
     hidden, vocab = shape["hidden_size"], shape["vocab_size"]
     layers, mtp = shape["num_hidden_layers"], shape["num_nextn_predict_layers"]
-    yield "model.embed_tokens.weight", (vocab, hidden), 1.0, "bf16"
+    head = 2 * hidden**-0.5  # for logits with a standard deviation of 2
+    tied = shape["tie_word_embeddings"]
+    yield "model.embed_tokens.weight", (vocab, hidden), head if tied else 1.0, "bf16"
     for layer in range(layers + mtp):
         yield from _layer(shape, layer, bias_std)
     yield "model.norm.weight", (hidden,), 0.1, "norm"
-    if not shape["tie_word_embeddings"]:
-        yield "lm_head.weight", (vocab, hidden), 2 * hidden**-0.5, "bf16"
+    if not tied:
+        yield "lm_head.weight", (vocab, hidden), head, "bf16"
     for layer in range(layers, layers + mtp):
         name = f"model.layers.{layer}"
         for norm in ("enorm", "hnorm", "shared_head.norm"):

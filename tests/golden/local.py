@@ -1,0 +1,71 @@
+"""The model driven by the plainest loop, its experts computed whole in torch: no flock, no engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duck.model.config import ModelConfig
+from duck.model.transformer import DecoderLayer, KVCache, Transformer
+from duck.model.weights import Checkpoint
+
+
+class LocalModel:
+    """`duck.model` with its experts in the same process."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.config = ModelConfig.load(folder)
+        checkpoint = Checkpoint.open(folder)
+        self.model = Transformer.load(
+            checkpoint, self.config, device=torch.device("cpu"), dtype=dtype
+        )
+        columns = range(self.config.moe_intermediate_size)
+        self.experts = {
+            (layer, expert): [
+                torch.from_numpy(part)
+                for part in checkpoint.expert(layer, expert, columns).dequantise()
+            ]
+            for layer in self.config.moe_layers
+            for expert in range(self.config.n_routed_experts)
+        }
+
+    @torch.inference_mode()
+    def hidden(self, ids: list[int], cache: KVCache | None = None, position: int = 0) -> Tensor:
+        """Final hiddens (T, hidden) of tokens at `position` and after."""
+        cache = cache or self.model.new_cache(position + len(ids))
+        x = self.model.embed(ids)
+        for layer in self.model.layers:
+            x = self.run(layer, x, cache, position)
+        return self.model.final(x)
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> Tensor:
+        return self.model.logits(self.hidden(ids))
+
+    @torch.inference_mode()
+    def mtp_logits(self, ids: list[int]) -> Tensor:
+        """(T - 1, vocab): row i from (h_i, token i + 1)."""
+        mtp = self.model.mtp
+        assert mtp is not None
+        cache = self.model.new_cache(len(ids))
+        z = mtp.combine(ids[1:], self.hidden(ids)[:-1])
+        return self.model.logits(mtp.final(self.run(mtp.layer, z, cache, 0)))
+
+    def run(
+        self, layer: DecoderLayer, x: Tensor, cache: KVCache, position: int, last: int | None = None
+    ) -> Tensor:
+        """One whole layer."""
+        x = layer.attend(x, cache, position, last=last)
+        if not layer.is_moe:
+            return layer.dense(x)
+        routed = layer.route(x)
+        sums = torch.zeros(x.shape)
+        for row, (ids, weights) in enumerate(zip(routed.ids, routed.weights, strict=True)):
+            h = routed.h[row].float()
+            for expert, weight in zip(ids.tolist(), weights, strict=True):
+                gate, up, down = self.experts[layer.index, expert]
+                sums[row] += weight * (down @ (F.silu(gate @ h) * (up @ h)))
+        return layer.merge(x, layer.shared(routed.h), sums)

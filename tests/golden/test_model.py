@@ -1,0 +1,114 @@
+"""Logits, greedy tokens and MTP drafts against transformers, for every variation of the config.
+
+Logits are compared at every position of a teacher-forced text: a random prompt and the 32 tokens that
+our own greedy decoding adds. Greedy decoding agrees iff transformers' argmax at each of their positions
+is the token that follows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.checkpoints import CONFIG, make_checkpoint
+from tests.golden import local, reference
+
+YARN = CONFIG["rope_scaling"]
+NO_GROUPS = {"n_group": 1, "topk_group": 1}
+V2 = {
+    "model_type": "deepseek_v2",
+    "num_nextn_predict_layers": 0,
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "n_shared_experts": 2,
+}
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no_q_lora": {"q_lora_rank": None},
+    "one_group": NO_GROUPS,
+    "two_shared": {"n_shared_experts": 2},
+    "no_dense_layer": {"first_k_dense_replace": 0},
+    "only_dense_layers": {"first_k_dense_replace": 3},
+    "negative_scores": {"bias_std": 1.0},
+    "weights_not_normalised": {"norm_topk_prob": False, "routed_scaling_factor": 1.5},
+    "no_yarn": {"rope_scaling": None},
+    "yarn_nested": {
+        "rope_scaling": None,
+        "rope_theta": None,
+        "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 50000.0},
+    },
+    "yarn_mscales_differ": {"rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.2}},
+    "yarn_no_mscales": {
+        "rope_scaling": {k: v for k, v in YARN.items() if not k.startswith("mscale")}
+    },
+    "yarn_kimi": {
+        "model_type": "kimi_k2",
+        "num_nextn_predict_layers": 0,
+        "rope_theta": 50000.0,
+        "rope_scaling": {**YARN, "factor": 32, "beta_fast": 1},
+        "rms_norm_eps": 1e-5,
+        "routed_scaling_factor": 2.827,
+        **NO_GROUPS,
+    },
+    "scale_bf16": {"scale_dtype": "BF16"},
+    "scale_e8m0": {"scale_dtype": "F8_E8M0"},
+    "scale_uint8": {"scale_dtype": "U8"},
+    "scale_named_scale": {"scale_name": "scale"},
+    "other_block": {"block": (48, 32)},
+    "narrow": {"hidden_size": 72, "moe_intermediate_size": 40, "intermediate_size": 56},
+    "aligned": {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 256},
+    "sharded": {"shards": 3},
+    "mtp_copies": {"mtp_copies": True},
+    "no_mtp": {"num_nextn_predict_layers": 0},
+    "bf16": {"weights": "bf16"},
+    "f32": {"weights": "f32"},
+    "tied_embeddings": {"tie_word_embeddings": True},
+    "deepseek_v32": {
+        "model_type": "deepseek_v32",
+        "index_topk": 96,
+        "index_n_heads": 4,
+        "index_head_dim": 16,
+        "scale_dtype": "F8_E8M0",
+    },
+    "deepseek_v2_lite": {**V2, "q_lora_rank": None, "topk_method": "greedy", "weights": "bf16"},
+    "deepseek_v2": {**V2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0},
+}
+PROMPT, DECODED = 40, 32
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_equals_transformers(name: str, tmp_path: Path) -> None:
+    seed = list(VARIATIONS).index(name)
+    folder = make_checkpoint(tmp_path, seed=seed, tokenizer=False, **VARIATIONS[name])
+    truth, ours = reference.load(folder), local.LocalModel(folder)
+    ids = torch.randint(288, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids += greedy(ours, ids, DECODED)
+
+    expected = truth.logits(ids)
+    assert 0.5 < expected.std() < 8  # the checkpoint behaves like a model
+    difference = (ours.logits(ids) - expected).abs().max().item()
+    print(f"{name}: largest logit difference {difference:.1e}")
+    assert difference < 1e-3
+    assert expected[PROMPT - 1 : -1].argmax(dim=-1).tolist() == ids[PROMPT:]
+
+    if truth.has_mtp:
+        expected, drafts = truth.mtp_logits(ids), ours.mtp_logits(ids)
+        difference = (drafts - expected).abs().max().item()
+        print(f"{name}: largest MTP logit difference {difference:.1e}")
+        assert difference < 1e-3
+        assert drafts.argmax(dim=-1).tolist() == expected.argmax(dim=-1).tolist()
+
+
+@torch.inference_mode()
+def greedy(ours: local.LocalModel, prompt: list[int], count: int) -> list[int]:
+    """The prompt in one call, then one token at a time through the cache."""
+    cache = ours.model.new_cache(len(prompt) + count)
+    tokens: list[int] = []
+    h = ours.hidden(prompt, cache)
+    while True:
+        tokens.append(int(ours.model.logits(h[-1:]).argmax()))
+        if len(tokens) == count:
+            return tokens
+        h = ours.hidden(tokens[-1:], cache, len(prompt) + len(tokens) - 1)
