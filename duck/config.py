@@ -1,4 +1,5 @@
-"""What a user may ask of an Engine, checked once: the command line's options under their Python names."""
+"""What a user may ask of an Engine, checked once: the command line's options under their Python
+names."""
 
 from __future__ import annotations
 
@@ -99,7 +100,9 @@ class Ducks:
         for key in host:
             raise ConfigError(f"{path}: [host] {key} is not built yet; remove it")
         if not isinstance(entries, list) or not entries:
-            raise ConfigError(f"{path}: no [[duck]] in it; want one for each duck, with its address")
+            raise ConfigError(
+                f"{path}: no [[duck]] in it; want one for each duck, with its address"
+            )
         addresses, names = [], []
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict):
@@ -107,15 +110,26 @@ class Ducks:
             _known(path, f"[[duck]] {number}", entry, {"name", "address", "weight"})
             address, name = entry.get("address"), entry.get("name", "")
             if not isinstance(address, str) or not isinstance(name, str):
-                raise ConfigError(f"{path}: [[duck]] {number} wants address = \"HOST:PORT\"")
+                raise ConfigError(f'{path}: [[duck]] {number} wants address = "HOST:PORT"')
             if entry.get("weight", 1) != 1:
-                raise ConfigError(f"{path}: [[duck]] {number}: weights are not built yet; remove it")
+                raise ConfigError(
+                    f"{path}: [[duck]] {number}: weights are not built yet; remove it"
+                )
             split_address(address)
             addresses.append(address)
             names.append(name)
         if len(set(addresses)) != len(addresses):
             raise ConfigError(f"{path}: an address appears twice")
         return cls(None, tuple(addresses), tuple(names))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """How errors name the ducks that have addresses."""
+        pairs = zip(self.names, self.addresses, strict=True)
+        return tuple(
+            f"duck {number} ({name + ', ' if name else ''}{address})"
+            for number, (name, address) in enumerate(pairs)
+        )
 
     @property
     def count(self) -> int:

@@ -10,7 +10,8 @@ from duck import wire
 from duck.placement import Plan
 from duck.transports.base import Ask, Transport
 
-# A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for what
+# A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for
+# what
 # nothing else catches. Frozen and dead ducks are noticed by the transport within seconds.
 ASK_S = 30.0
 ASK_ROW_S = 0.5
@@ -21,7 +22,9 @@ class FlockAsk:
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
-        self.ducks_us: tuple[tuple[int, int], ...] = ()  # (queue, compute) of each duck, after `sum`
+        self.ducks_us: tuple[
+            tuple[int, int], ...
+        ] = ()  # (queue, compute) of each duck, after `sum`
 
     async def sum(self) -> np.ndarray:
         """(T, hidden) float32: the partial sums added in duck order, whatever order they came in.
@@ -37,7 +40,7 @@ class FlockAsk:
             raise
         try:
             partials = wire.to_float32(rows.partials(ask.count))
-            total = partials[0].copy()
+            total: np.ndarray = partials[0].copy()
             for partial in partials[1:]:
                 total += partial
             self.ducks_us = tuple(rows.stamps(duck) for duck in range(len(partials)))

@@ -1,4 +1,5 @@
-"""The answers of one ask: which ducks have answered, which are missing. Pure: no socket, no clock."""
+"""The answers of one ask: which ducks have answered, which are missing. Pure: no socket, no
+clock."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ class LocalDucks:
         ducks = cls([])
         try:
             for _ in range(count):
-                # A session of its own: Ctrl-C in the terminal is for the host, which then ends its ducks.
+                # A session of its own: Ctrl-C in the terminal is for the host, which then ends its
+                # ducks.
                 # Its standard input is our end of a pipe, closed by the system when we die.
                 process = subprocess.Popen(
                     command,

@@ -1,7 +1,9 @@
 """One duck as a process: holds its slice of every expert and answers asks. Imports no torch.
 
-`duck node --model DIR` reads its columns from a folder on its own disk once a host has said which slice
-it wants; the path never travels. The slice stays in memory: a later host with the same slice attaches at
+`duck node --model DIR` reads its columns from a folder on its own disk once a host has said which
+slice
+it wants; the path never travels. The slice stays in memory: a later host with the same slice
+attaches at
 once. A node started by a host (`--parent`) ends with it, however that host dies.
 """
 
@@ -77,9 +79,7 @@ class Node:
         self._source.load(plan, duck, experts, note)
         return experts
 
-    def answer(
-        self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
-    ) -> np.ndarray:
+    def answer(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Partial sums (T, hidden) float32 of one ask; blocking."""
         assert self._experts is not None
         out = np.empty(x.shape, np.float32)
@@ -88,7 +88,8 @@ class Node:
 
 
 async def _in_thread(work: Callable[[Callable[[], None]], Experts]) -> Experts:
-    """Run blocking work that calls `check` now and then; cancelling us ends it at its next check."""
+    """Run blocking work that calls `check` now and then; cancelling us ends it at its next
+    check."""
     cancelled = False
 
     def check() -> None:
@@ -105,7 +106,9 @@ async def _in_thread(work: Callable[[Callable[[], None]], Experts]) -> Experts:
         raise
 
 
-def run_node(listen: str, folder: Path, *, insecure: bool, parent: int | None, as_json: bool) -> None:
+def run_node(
+    listen: str, folder: Path, *, insecure: bool, parent: int | None, as_json: bool
+) -> None:
     """Serve until interrupted, terminated, or orphaned.
 
     Raises:

@@ -1,4 +1,5 @@
-"""Who holds what: pure functions from a model's sizes and a flock's size to slices and the shared plan.
+"""Who holds what: pure functions from a model's sizes and a flock's size to slices and the shared
+plan.
 
 A slice is a contiguous range of columns of every expert's intermediate dimension. Because
 silu(gate x) * up x works column by column, the partial down-projections of all slices add up to the
@@ -25,7 +26,8 @@ LAYOUT = 1
 def equal_slices(columns: int, ducks: int) -> tuple[range, ...]:
     """Equal contiguous column ranges, one per duck, in duck order.
 
-    Multiples of 64 columns while there are 64 for every duck (the resident tile, and what keeps a slice
+    Multiples of 64 columns while there are 64 for every duck (the resident tile, and what keeps a
+    slice
     inside a 128-wide scale block); else as even as possible.
 
     Raises:

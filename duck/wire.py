@@ -1,6 +1,7 @@
 """Bytes and their meaning: the 32-byte data header, ask and answer bodies, control messages.
 
-Nothing here touches a socket, a clock or asyncio. Every decoder takes any bytes and returns a value or
+Nothing here touches a socket, a clock or asyncio. Every decoder takes any bytes and returns a
+value or
 raises `WireError`; no size found in a message is trusted before it is checked against the plan.
 
 Data plane, little-endian, one header before every frame:
@@ -70,7 +71,7 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the plan fixes about every ask and answer; body sizes follow from it and the row count."""
+    """What the plan fixes about every ask and answer; sizes follow from it and the row count."""
 
     hidden: int
     top_k: int
@@ -114,7 +115,7 @@ def pack_header(
     message_bytes: int | None = None,
     offset: int = 0,
 ) -> bytes:
-    """The header for a payload given in one or two pieces; one whole message unless told otherwise."""
+    """The header for a payload in one or two pieces; one whole message unless told otherwise."""
     if message_bytes is None:
         message_bytes = len(payload) + len(more)
     head = HEADER.pack(
@@ -133,9 +134,20 @@ def unpack_header(data: bytes | bytearray | memoryview) -> Header:
     """
     if len(data) < HEADER_BYTES:
         raise WireError(f"header of {len(data)} bytes, want {HEADER_BYTES}")
-    magic, version, kind, session, ticket, layer, source, fragment, fragments, total, offset, crc = (
-        HEADER.unpack_from(data)
-    )
+    (
+        magic,
+        version,
+        kind,
+        session,
+        ticket,
+        layer,
+        source,
+        fragment,
+        fragments,
+        total,
+        offset,
+        crc,
+    ) = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise WireError(f"magic {magic:#06x}, want {MAGIC:#06x}: the peer does not speak duck")
     if version != VERSION:
@@ -149,7 +161,9 @@ def unpack_header(data: bytes | bytearray | memoryview) -> Header:
     return Header(kind, session, ticket, layer, source, fragment, fragments, total, offset, crc)
 
 
-def check_crc(header: bytes | bytearray | memoryview, payload: bytes | bytearray | memoryview) -> bool:
+def check_crc(
+    header: bytes | bytearray | memoryview, payload: bytes | bytearray | memoryview
+) -> bool:
     """Whether a received frame is the one that was sent."""
     want = int.from_bytes(header[28:32], "little")
     return zlib.crc32(payload, zlib.crc32(header[:28])) == want
@@ -201,7 +215,7 @@ def answer_frames(message_bytes: int) -> Iterator[tuple[int, int, int, int]]:
         yield index, fragments, start, min(FRAME_LIMIT, message_bytes - start)
 
 
-# --- bfloat16 <-> float32 on plain numpy -------------------------------------------------------------
+# --- bfloat16 <-> float32 on plain numpy
 
 
 def to_float32(x: np.ndarray) -> np.ndarray:
@@ -217,12 +231,12 @@ def to_wire(x: np.ndarray, dtype: str) -> np.ndarray:
         return np.ascontiguousarray(x, np.float32)
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Rounding could carry a NaN's mantissa into infinity: keep its sign and set a quiet bit instead.
+    # Rounding could carry a NaN's mantissa into infinity: keep its sign, set a quiet bit.
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
-# --- control plane -----------------------------------------------------------------------------------
+# --- control plane
 
 
 def encode_control(message: Mapping[str, Any]) -> bytes:

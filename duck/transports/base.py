@@ -1,4 +1,5 @@
-"""The contract between the Flock and whatever carries its asks, in words and in the parts all share.
+"""The contract between the Flock and whatever carries its asks, in words and in the parts all
+share.
 
 The promises of a Transport:
 
@@ -40,7 +41,8 @@ _ALIGN = 64
 class Rows:
     """One landing place per duck, preallocated: stamps, then that duck's partial sums.
 
-    Every row starts on a 64-byte boundary; the 16 bytes of stamps lie just before it, so that an answer
+    Every row starts on a 64-byte boundary; the 16 bytes of stamps lie just before it, so that an
+    answer
     message is received in one stretch.
     """
 
@@ -52,7 +54,7 @@ class Rows:
         start = -raw.ctypes.data % _ALIGN
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
         first = _ALIGN - wire.STAMP_BYTES
-        self.landing = tuple(memoryview(row)[first:] for row in self._memory)
+        self.landing = tuple(row.data[first:] for row in self._memory)
         self.in_use = False
 
     def partials(self, rows: int) -> np.ndarray:
@@ -75,7 +77,8 @@ class RowRing:
         small = min(SMALL_ROWS, plan.shape.max_rows)
         self._free_small = [Rows(plan.ducks, plan.shape, small) for _ in range(SMALL_SETS)]
         self._free_large: list[Rows] = []
-        # Large sets are made when the first long ask needs one: decode-only hosts never pay for them.
+        # Large sets are made when the first long ask needs one: decode-only hosts never pay for
+        # them.
         self._large_unmade = LARGE_SETS
         self._small_rows = small
         self._waiting: list[tuple[bool, asyncio.Future[Rows]]] = []
@@ -129,11 +132,21 @@ class RowRing:
 
 
 class Ask:
-    """One request to all ducks in flight; awaiting it gives the row set. Made by `AskTable.open`."""
+    """One request to all ducks in flight; awaiting it gives the row set. Made by
+    `AskTable.open`."""
 
     __slots__ = (
-        "_future", "_table", "count", "deadline", "fragments", "gather", "layer", "rows",
-        "sent_at", "done_at", "ticket",
+        "_future",
+        "_table",
+        "count",
+        "deadline",
+        "done_at",
+        "fragments",
+        "gather",
+        "layer",
+        "rows",
+        "sent_at",
+        "ticket",
     )  # fmt: skip
 
     def __init__(
@@ -228,7 +241,8 @@ class AskTable:
             return
         if not ask._future.done():
             ask._future.set_exception(error)
-            # The waiter may be cancelled before it looks: the error was then told to nobody, and that is right.
+            # The waiter may be cancelled before it looks: the error was then told to nobody, and
+            # that is right.
             ask._future.exception()
         self.ring.release(ask.rows)
 
@@ -297,9 +311,7 @@ class Handler(Protocol):
         """
         ...
 
-    def answer(
-        self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
-    ) -> np.ndarray:
+    def answer(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Partial sums (T, hidden) float32; blocking, called in a worker thread."""
         ...
 
@@ -310,7 +322,9 @@ class DuckEnd(Protocol):
     async def serve(self, handler: Handler) -> None: ...
 
 
-def compute_answer(handler: Handler, layer: int, body: wire.AskBody, shape: wire.Shape) -> np.ndarray:
+def compute_answer(
+    handler: Handler, layer: int, body: wire.AskBody, shape: wire.Shape
+) -> np.ndarray:
     """One ask's answer in the wire dtype; what every transport runs in a duck's worker thread."""
     x = wire.to_float32(body.x)
     return wire.to_wire(handler.answer(layer, x, body.ids, body.weights), shape.answer_dtype)

@@ -1,8 +1,10 @@
 """TCP: per duck one connection for control and one for data, both to the duck's one port.
 
 A connection starts in control mode (length-prefixed msgpack). The control connection stays there:
-HELLO, LOADING, WELCOME, then PING and PONG, so that a duck that computes for long is told apart from one
-that is frozen. A data connection says DATA with the session's token, gets OK, and from then on carries
+HELLO, LOADING, WELCOME, then PING and PONG, so that a duck that computes for long is told apart
+from one
+that is frozen. A data connection says DATA with the session's token, gets OK, and from then on
+carries
 only data frames; answers are received straight into the row set of the ask they belong to.
 """
 
@@ -17,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import structlog
@@ -31,7 +33,8 @@ from duck.transports.base import Ask, AskTable, Handler, Rows, check_ids, comput
 
 PROTOCOL = (1, 1)  # the control protocol versions this build speaks, lowest and highest
 CONNECT_S = 10.0
-# Without any byte from a duck for this many watch ticks it counts as frozen. Ticks, not seconds: while
+# Without any byte from a duck for this many watch ticks it counts as frozen. Ticks, not seconds:
+# while
 # this process itself is held up no tick passes, so a busy host never blames its ducks.
 TICK_S = 0.25
 SILENT_TICKS = 14
@@ -62,11 +65,10 @@ class Link(asyncio.BufferedProtocol):
         self._size = 0
         self._dropped = False
 
-    # asyncio calls these -----------------------------------------------------------------------------
+    # asyncio calls these
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
         connection = transport.get_extra_info("socket")
         if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -103,7 +105,7 @@ class Link(asyncio.BufferedProtocol):
         if self.on_close:
             self.on_close(self.closed.result())
 
-    # control -----------------------------------------------------------------------------------------
+    # control
 
     def _control(self, count: int) -> None:
         for message in self._decoder.feed(self._buffer[:count]):
@@ -125,10 +127,12 @@ class Link(asyncio.BufferedProtocol):
             message = await self.messages.get()
         if message is None:
             self.messages.put_nowait(None)
-            raise TransportError(self.closed.result() if self.closed.done() else "connection closed")
+            raise TransportError(
+                self.closed.result() if self.closed.done() else "connection closed"
+            )
         return message
 
-    # data --------------------------------------------------------------------------------------------
+    # data
 
     def carry_data(
         self,
@@ -138,7 +142,8 @@ class Link(asyncio.BufferedProtocol):
     ) -> None:
         """Switch to data frames.
 
-        payload_bytes: checks a header against the plan and gives its payload's size, or raises WireError.
+        payload_bytes: checks a header against the plan and gives its payload's size, or raises
+        WireError.
         """
         if self._decoder.pending or not self.messages.empty():
             raise WireError("bytes ahead of the switch to data frames")
@@ -214,11 +219,13 @@ async def _connect(address: str, label: str) -> Link:
         reason = f"no connection to {address} within {CONNECT_S:.0f} s"
         raise DuckLost(label, None, CONNECT_S * 1e3, reason) from None
     except OSError as error:
-        raise DuckLost(label, None, 0.0, f"cannot connect to {address}: {error.strerror or error}") from error
+        raise DuckLost(
+            label, None, 0.0, f"cannot connect to {address}: {error.strerror or error}"
+        ) from error
     return link
 
 
-# --- the host's end ----------------------------------------------------------------------------------
+# --- the host's end
 
 
 class TcpTransport:
@@ -313,7 +320,8 @@ class TcpTransport:
         return control, data, session
 
     async def _expect(self, link: Link, label: str, kind: str, duck: int) -> dict[str, Any]:
-        """The next message of this kind; loading messages in between are progress, silence is a loss."""
+        """The next message of this kind; loading messages in between are progress, silence is a
+        loss."""
         begun = time.perf_counter()
         while True:
             try:
@@ -324,7 +332,9 @@ class TcpTransport:
                 raise DuckLost(label, None, waited_ms, reason, index=duck) from None
             except TransportError as error:
                 waited_ms = (time.perf_counter() - begun) * 1e3
-                raise DuckLost(label, None, waited_ms, f"{error} before {kind}", index=duck) from None
+                raise DuckLost(
+                    label, None, waited_ms, f"{error} before {kind}", index=duck
+                ) from None
             if message["t"] == kind:
                 return message
             if message["t"] == "ERR":
@@ -358,9 +368,7 @@ class TcpTransport:
         body = wire.pack_ask(ids, weights, x)
         for link, session in zip(self._data, self._sessions, strict=True):
             if not link.transport.is_closing():
-                frames = data_frames(
-                    wire.Kind.ASK, session, ask.ticket, layer, wire.HOST, body
-                )
+                frames = data_frames(wire.Kind.ASK, session, ask.ticket, layer, wire.HOST, body)
                 link.transport.writelines(frames)
         return ask
 
@@ -423,7 +431,9 @@ class TcpTransport:
                 heard[duck] = now
                 if silent[duck] >= SILENT_TICKS:
                     seconds = SILENT_TICKS * TICK_S
-                    self._asks.lose(duck, f"no sign of life for {seconds:.1f} s (frozen or cut off)")
+                    self._asks.lose(
+                        duck, f"no sign of life for {seconds:.1f} s (frozen or cut off)"
+                    )
                 self._control[duck].send({"t": "PING"})
                 # Answers to pings are only signs of life; take them off the queue.
                 _drain(self._control[duck])
@@ -472,7 +482,7 @@ def _versions() -> str:
     return str(low) if low == high else f"{low}..{high}"
 
 
-# --- the duck's end ----------------------------------------------------------------------------------
+# --- the duck's end
 
 
 class _Session:
@@ -554,7 +564,8 @@ class TcpDuckEnd:
         task.add_done_callback(self._tasks.discard)
 
     async def _greet(self, link: Link) -> None:
-        """A new connection: a host's control connection, or the data connection of a known session."""
+        """A new connection: a host's control connection, or the data connection of a known
+        session."""
         self._ungreeted += 1
         try:
             if self._ungreeted > self.MAX_UNGREETED:
@@ -596,14 +607,18 @@ class TcpDuckEnd:
         if not 0 <= duck_index < plan.ducks:
             raise WireError(f"HELLO: duck {duck_index} of {plan.ducks}")
         if plan.hash() != hello.get("plan_hash"):
-            raise WireError("HELLO: the plan does not match its hash: host and duck read it differently")
+            raise WireError(
+                "HELLO: the plan does not match its hash: host and duck read it differently"
+            )
         if plan.slice_hash(duck_index) != hello.get("slice_hash"):
             raise WireError("HELLO: another slice layout: install the same version on both")
         if len(self._sessions) >= self.MAX_SESSIONS:
             raise WireError(f"this duck already serves {self.MAX_SESSIONS} hosts")
         busy = [s for s in self._sessions.values() if not _same_slice(s, plan, duck_index)]
         if busy:
-            raise WireError("this duck serves another host with another slice; stop that host first")
+            raise WireError(
+                "this duck serves another host with another slice; stop that host first"
+            )
         session = _Session(plan, duck_index)
         self._sessions[session.token] = session
         try:
@@ -646,7 +661,8 @@ class TcpDuckEnd:
         task = self._loop.create_task(attach())
         try:
             while not task.done():
-                await asyncio.wait([task, link.closed], timeout=0.5, return_when="FIRST_COMPLETED")
+                watched: list[asyncio.Future[Any]] = [task, link.closed]
+                await asyncio.wait(watched, timeout=0.5, return_when="FIRST_COMPLETED")
                 if link.closed.done():
                     raise TransportError(link.closed.result())
                 if not task.done():
@@ -658,7 +674,7 @@ class TcpDuckEnd:
                     await task
         return task.result()
 
-    # asks --------------------------------------------------------------------------------------------
+    # asks
 
     def _carry_data(self, link: Link, message: Mapping[str, Any]) -> None:
         session = self._sessions.get(wire.field(message, "token", bytes))

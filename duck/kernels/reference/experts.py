@@ -1,6 +1,7 @@
 """One duck's experts in plain numpy float32: slow, simple, and the truth for faster kernels.
 
-Every row is computed alone and its experts are added in ascending order of their ids, so a row's bits do
+Every row is computed alone and its experts are added in ascending order of their ids, so a row's
+bits do
 not depend on the rows that travel with it.
 """
 
@@ -14,9 +15,10 @@ from duck.model.weights import ExpertWeights
 
 
 def silu(x: np.ndarray) -> np.ndarray:
-    """x * sigmoid(x), float32; written so that exp never overflows."""
+    """X * sigmoid(x), float32; written so that exp never overflows."""
     e = np.exp(-np.abs(x))
-    return np.where(x >= 0, x / (1 + e), x * e / (1 + e)).astype(np.float32)
+    y: np.ndarray = np.where(x >= 0, x / (1 + e), x * e / (1 + e))
+    return y.astype(np.float32)
 
 
 class ReferenceExperts:
@@ -53,7 +55,8 @@ class ReferenceExperts:
     ) -> None:
         """Partial sums of the chosen experts over this slice.
 
-        x: (T, hidden) float32; ids: (T, K) int32; weights: (T, K) float32; out: (T, hidden) float32.
+        x: (T, hidden) float32; ids: (T, K) int32; weights: (T, K) float32; out: (T, hidden)
+        float32.
         y = sum_k weights_k * down_k (silu(gate_k x) * (up_k x))   (DeepSeek-V3 report, 2.1.2)
         """
         gate_up, down = self._gate_up[layer], self._down[layer]

@@ -1,0 +1,305 @@
+"""The command `duck`: parses options, runs one command, turns errors into one line and an exit
+code.
+
+Exit codes: 0 ok, 2 bad usage or input, 3 flock failure, 130 Ctrl-C. Answers go to stdout,
+everything else
+to stderr. Heavy modules are imported by the command that needs them: a duck must not load torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import duck
+from duck import log
+from duck.config import CHOICES
+from duck.errors import ConfigError, DuckError
+
+if TYPE_CHECKING:
+    from duck.sampling import Sampling
+
+# Commands that design.md names and this version does not have.
+PLANNED = ("serve", "pack", "bench", "trace", "plan", "doctor")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`duck generate ... | head`): nothing is wrong. Python
+        # would
+        # complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = _parser().parse_args(argv)
+        log.configure(arguments.log_level, json=arguments.json)
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        return command(arguments)
+    except DuckError as error:
+        sys.stderr.write(f"duck: {error}\n")
+        return error.exit_code
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like all our errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="duck",
+        description="Run mixture-of-experts models far too large for one GPU on a flock of machines.",
+    )
+    parser.add_argument("--version", action="version", version=f"duck {duck.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="one JSON object for machines")
+    common.add_argument(
+        "--log-level", default="warning", choices=("debug", "info", "warning", "error"),
+        help="events on stderr (default: warning)",
+    )  # fmt: skip
+
+    model = _Parser(add_help=False, parents=[common])
+    model.add_argument(
+        "model", metavar="MODEL", help='a Hugging Face model folder, or "demo": the shipped model'
+    )
+    _flock_options(model)
+
+    sampling = _Parser(add_help=False)
+    _sampling_options(sampling)
+
+    generate = commands.add_parser(
+        "generate", parents=[model, sampling], help="answer one prompt",
+        description="Answer one prompt; the text streams to stdout, the statistics go to stderr.",
+    )  # fmt: skip
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from a file (-: stdin)")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids, nothing added")
+    generate.add_argument("--chat", action="store_true", help="put the prompt in the chat format")
+    generate.set_defaults(command=_generate)
+
+    chat = commands.add_parser(
+        "chat", parents=[model, sampling], help="talk to a model",
+        description="Talk to a model. /stats, /reset, /exit; Ctrl-C stops an answer.",
+    )  # fmt: skip
+    chat.add_argument("--system", metavar="TEXT", help="a system message for the conversation")
+    chat.set_defaults(command=_chat)
+
+    score = commands.add_parser(
+        "score", parents=[model], help="log-likelihood and perplexity of a text",
+        description="Teacher-forced log-likelihood and perplexity.",
+    )  # fmt: skip
+    text = score.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt-ids", metavar="1,2,3")
+    text.add_argument("--text-file", metavar="F", help="a UTF-8 text (-: stdin)")
+    score.add_argument("--mtp", action="store_true", help="also the MTP layer's logits")
+    score.add_argument("--logits-out", metavar="F", help="write the logits as safetensors")
+    score.set_defaults(command=_score)
+
+    node = commands.add_parser(
+        "node", parents=[common], help="be a duck: hold slices of experts and answer asks",
+        description="Be a duck: hold slices of experts and answer asks until stopped.",
+    )  # fmt: skip
+    node.add_argument("--listen", metavar="ADDR", required=True, help="HOST:PORT (port 0: any)")
+    source = node.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--model", metavar="DIR", help="read this duck's columns from a model folder"
+    )
+    source.add_argument("--store", metavar="DIR", help="(planned) read packed slices")
+    node.add_argument("--key-file", metavar="F", help="(planned) the cluster's key")
+    node.add_argument(
+        "--insecure",
+        action="store_true",
+        help="listen on other addresses than loopback without a key",
+    )
+    node.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    node.set_defaults(command=_node)
+
+    for name in PLANNED:
+        planned = commands.add_parser(name, help="(planned)", add_help=False)
+        planned.add_argument("rest", nargs=argparse.REMAINDER)
+        planned.set_defaults(command=_planned, name=name, log_level="warning", json=False)
+    return parser
+
+
+def _flock_options(parser: argparse.ArgumentParser) -> None:
+    flock = parser.add_argument_group("flock")
+    flock.add_argument(
+        "--ducks", default="local:2", metavar="WHO",
+        help="local:N, HOST:PORT,HOST:PORT or flock.toml (default: local:2)",
+    )  # fmt: skip
+    helps = {
+        "transport": "tcp, or loopback: all ducks inside this process",
+        "placement": "how experts are spread over ducks",
+        "schedule": "how lanes are ordered",
+        "draft": "guess the next token with the model's MTP layer (auto: if it has one)",
+        "device": "where attention runs (auto: cuda if there is one)",
+        "dtype": "auto: float32 on cpu, bfloat16 on cuda",
+        "answers": "f32: partial sums travel in float32 even when asks travel in bfloat16",
+    }
+    for name, text in helps.items():
+        ready, planned = CHOICES[name]
+        shown = "|".join(ready)
+        if planned:
+            shown += f" (planned: {', '.join(planned)})"
+        default = "equal" if name == "placement" else "auto"
+        flock.add_argument(f"--{name}", default=default, metavar="X", help=f"{shown}: {text}")
+    flock.add_argument("--trace", metavar="OUT.json", help="(planned) write a trace")
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("answer")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default 256")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, help="default 0: the likeliest token"
+    )
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--top-k", type=int, default=0, help="default 0: off")
+    group.add_argument("--min-p", type=float, default=0.0)
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="may be repeated"
+    )
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: N likeliest tokens too"
+    )
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The Engine's options among the command line's.
+
+    Raises:
+        ConfigError: an option that is not built yet.
+    """
+    if arguments.trace is not None:
+        raise ConfigError("--trace is not built yet; leave it out")
+    return {name: getattr(arguments, name) for name in ("ducks", *CHOICES)}
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """The Sampling that the command line describes."""
+    from duck.sampling import Sampling
+
+    return Sampling(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        stop=arguments.stop,
+        ignore_eos=arguments.ignore_eos,
+        logprobs=arguments.logprobs,
+    )
+
+
+def _prompt_of(arguments: argparse.Namespace) -> str | list[int]:
+    if arguments.prompt_ids is not None:
+        if getattr(arguments, "chat", False):
+            raise ConfigError("--chat needs text: use --prompt or --prompt-file, not --prompt-ids")
+        return _ids(arguments.prompt_ids)
+    if getattr(arguments, "prompt", None) is not None:
+        return str(arguments.prompt)
+    name = getattr(arguments, "text_file", None) or arguments.prompt_file
+    return _read_text(name)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise ConfigError(f"--prompt-ids {text[:60]!r}: want token ids as 1,2,3") from None
+
+
+def _read_text(name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise ConfigError(f"{name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{name}: no UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from duck import terminal
+
+    options, sampling = engine_options(arguments), sampling_of(arguments)
+    prompt = _prompt_of(arguments)
+    return terminal.generate(
+        arguments.model, prompt, sampling, options, chat=arguments.chat, as_json=arguments.json
+    )
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from duck import terminal
+
+    if arguments.json:
+        raise ConfigError("duck chat is for people; machines use duck generate --json")
+    options, sampling = engine_options(arguments), sampling_of(arguments)
+    return terminal.chat(arguments.model, sampling, options, system=arguments.system)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from duck import terminal
+
+    out = None if arguments.logits_out is None else Path(arguments.logits_out)
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--logits-out {out}: no such folder: {out.parent}")
+    return terminal.score(
+        arguments.model, _prompt_of(arguments), engine_options(arguments),
+        mtp=arguments.mtp, out=out, as_json=arguments.json,
+    )  # fmt: skip
+
+
+def _node(arguments: argparse.Namespace) -> int:
+    if arguments.store is not None:
+        raise ConfigError("--store is not built yet; use --model DIR")
+    if arguments.key_file is not None:
+        raise ConfigError(
+            "--key-file is not built yet; listen on a loopback address, or --insecure"
+        )
+    # Numpy's BLAS must not split one row over threads: N ducks on one box would fight over its
+    # cores, and a
+    # row's bits would depend on the machine. Read when numpy is loaded, so it is set before that.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from duck.node import run_node
+
+    folder = (
+        Path(duck.__file__).parent / "demo" if arguments.model == "demo" else Path(arguments.model)
+    )
+    run_node(
+        arguments.listen, folder, insecure=arguments.insecure, parent=arguments.parent,
+        as_json=arguments.json,
+    )  # fmt: skip
+    return 0
+
+
+def _planned(arguments: argparse.Namespace) -> NoReturn:
+    raise ConfigError(f"duck {arguments.name} is not built yet; see duck --help for what is")
+
+
+def write_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,442 @@
+"""The Engine wires everything: a loaded model, its device, its flock. The only object a script
+needs.
+
+async with duck.Engine.open("path", ducks="local:4") as engine:
+    async for piece in engine.stream("Is 391 prime?", duck.Sampling(max_tokens=64)):
+        print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import structlog
+
+from duck import log, placement, wire
+from duck.config import Ducks, Options
+from duck.device import Device, limit_threads
+from duck.errors import ConfigError, DuckError, DuckLost
+from duck.flock import Flock
+from duck.local import LocalDucks
+from duck.model.chat import encode_chat
+from duck.model.config import ModelConfig
+from duck.model.tokenizer import StopScanner, TextStream, Tokenizer
+from duck.model.transformer import Transformer
+from duck.model.weights import Checkpoint, experts_digest
+from duck.node import Node
+from duck.pipeline import PREFILL_ROWS, Meter, Pipeline, overlap_efficiency
+from duck.placement import Plan
+from duck.sampling import Sampling, TokenLogprobs
+from duck.session import Session
+from duck.slices import SliceSource
+from duck.transports.base import Transport
+from duck.transports.loopback import LoopbackTransport
+from duck.transports.tcp import TcpTransport
+
+Loaded = TypeVar("Loaded")
+
+DEMO = Path(__file__).parent / "demo"
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+# called with (what is being loaded, bytes done, bytes in all)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of an answer: text may be empty while a character or a stop text is incomplete."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop" or "length" on the last piece
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of token_ids, when asked for
+    stats: dict[str, Any] = field(default_factory=dict)  # on the last piece
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: dict[str, Any]
+    logprobs: list[TokenLogprobs]
+
+
+class Engine:
+    """A loaded model with its flock; made by `Engine.open`."""
+
+    def __init__(
+        self,
+        *,
+        config: ModelConfig,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        device: Device,
+        flock: Flock,
+        options: Options,
+        transport: str,
+        local: LocalDucks | None,
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self._model, self._device, self._flock, self._local = model, device, flock, local
+        self._transport = transport
+        drafts = config.mtp_layers > 0 and options.draft != "off"
+        self._pipeline = Pipeline(model, device, flock, drafts=drafts)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, path: str | Path, *, progress: Progress | None = None, **options: Any
+    ) -> AsyncIterator[Engine]:
+        """Load a model folder ("demo": the shipped one) and gather its flock.
+
+        options: as on the command line: ducks, transport, placement, schedule, draft, device,
+        dtype, answers.
+
+        Raises:
+            ConfigError, WeightsError: the folder or an option cannot be used.
+            TransportError, WireError: a duck cannot be reached or refuses.
+        """
+        try:
+            chosen = Options(**options)
+        except TypeError as error:
+            raise ConfigError(
+                str(error).replace("Options.__init__() got an", "Engine.open:")
+            ) from None
+        folder = DEMO if str(path) == "demo" else Path(path)
+        config = ModelConfig.load(folder)
+        if not config.moe_layers:
+            raise ConfigError(
+                f"{folder}: no layer has routed experts; duck runs mixtures of experts"
+            )
+        ducks = Ducks.parse(chosen.ducks)
+        slices = placement.equal_slices(config.moe_intermediate_size, ducks.count)
+        checkpoint = Checkpoint.open(folder)
+        checkpoint.check(config)
+        tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+
+        if not structlog.is_configured():  # its own default would print every event into the answer
+            log.configure()
+        limit_threads()
+        device = Device(chosen.device, chosen.dtype)
+        local: LocalDucks | None = None
+        flock: Flock | None = None
+        try:
+            in_process = chosen.transport == "loopback"
+            if ducks.local and not in_process:
+                local = LocalDucks.launch(ducks.local, folder)  # they start while we load
+            plan = Plan(
+                model=await _load(lambda _: experts_digest(checkpoint, config)),
+                layers=config.moe_layers,
+                experts=config.n_routed_experts,
+                columns=config.moe_intermediate_size,
+                slices=slices,
+                shape=_shape(config, device, chosen),
+            )
+            note = progress or (lambda _what, _done, _total: None)
+
+            def read(check: Callable[[], None]) -> Transformer:
+                def step(done: int, total: int) -> None:
+                    check()
+                    note("host", done, total)
+
+                return Transformer.load(
+                    checkpoint, config, device=device.torch, dtype=device.dtype, progress=step
+                )
+
+            model = await _load(read)
+            transport: Transport
+            if in_process:
+                source = SliceSource(folder)
+                transport = LoopbackTransport([Node(source) for _ in slices])
+            else:
+                addresses, labels = ducks.addresses, ducks.labels
+                if local:
+                    await local.listening()
+                    addresses, labels = local.addresses, local.labels
+                transport = TcpTransport(
+                    addresses, labels, lambda duck, done, total: note(f"duck {duck}", done, total)
+                )
+            flock = Flock(transport, plan)
+            await flock.start()
+            yield cls(
+                config=config, model=model, tokenizer=tokenizer, device=device, flock=flock,
+                options=chosen, transport="loopback" if in_process else "tcp", local=local,
+            )  # fmt: skip
+        except DuckLost as lost:
+            raise await _with_obituary(lost, local) from lost
+        finally:
+            if flock:
+                await flock.close()
+            if local:
+                local.kill()
+            device.close()
+
+    # prompts
+
+    def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt: text, ids, or chat messages.
+
+        Raises:
+            ConfigError: empty, out of the vocabulary, longer than the context, or no tokenizer for
+            text.
+        """
+        if isinstance(prompt, str):
+            ids = self._encode_chat([{"role": "user", "content": prompt}]) if chat else None
+            if ids is None:
+                if not prompt:
+                    raise ConfigError("the prompt is empty: give at least one character or token")
+                ids = self._text().encode(prompt)
+        elif prompt and isinstance(prompt[0], Mapping):
+            ids = self._encode_chat(prompt)  # type: ignore[arg-type]
+        else:
+            ids = list(prompt)  # type: ignore[arg-type]
+        if not ids:
+            raise ConfigError("the prompt is empty: give at least one character or token")
+        vocabulary = self.config.vocab_size
+        for id_ in ids:
+            if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < vocabulary:
+                raise ConfigError(f"prompt id {id_!r}: the vocabulary has ids 0..{vocabulary - 1}")
+        if len(ids) >= self.config.max_context:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens; {self._context()} and the answer needs at least one"
+            )
+        return ids
+
+    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return encode_chat(messages, self._text(), self.config.model_type)
+
+    def _text(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ConfigError(
+                "this model folder has no tokenizer.json: give the prompt as token ids"
+            )
+        return self.tokenizer
+
+    def _context(self) -> str:
+        limit = self.config.max_context
+        if limit < self.config.max_position_embeddings:
+            return (
+                f"this version runs {self.config.model_type} up to index_topk = {limit} tokens "
+                "(beyond them it needs sparse attention)"
+            )
+        return f"the model's context is {limit} tokens"
+
+    # answers
+
+    def session(self) -> Session:
+        """An empty conversation; pass it to `stream` again and again to keep its KV cache."""
+        return Session(self._model, 256)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        chat: bool = False,
+        session: Session | None = None,
+    ) -> AsyncGenerator[Piece, None]:
+        """Answer piece by piece; the last piece has a finish_reason and the statistics.
+
+        session: continues it where its tokens agree with the prompt's. Closing the iterator frees
+        all else.
+        """
+        sampling = sampling or Sampling()
+        ids = self.encode(prompt, chat=chat)
+        session = session or self.session()
+        limit = min(sampling.max_tokens, self.config.max_context - len(ids))
+        if (
+            limit < sampling.max_tokens
+            and self.config.max_context < self.config.max_position_embeddings
+        ):
+            raise ConfigError(
+                f"{len(ids)} prompt tokens and {sampling.max_tokens} to answer: {self._context()}; "
+                f"ask for at most {limit}"
+            )
+        run = _Run(self, sampling, len(ids))
+        with _unwrapped():
+            try:
+                session.reserve(min(len(ids) + limit, len(ids) + 256))
+                await self._pipeline.prefill(session, session.rewind_to(ids), run.meter)
+                async for settled in self._pipeline.decode(session, sampling, limit, run.meter):
+                    piece = run.settle(settled.token, settled.logprobs, last=run.count + 1 == limit)
+                    yield piece
+                    if piece.finish_reason:
+                        return
+            except DuckLost as lost:
+                raise await _with_obituary(lost, self._local) from lost
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        chat: bool = False,
+        session: Session | None = None,
+    ) -> Completion:
+        """The whole answer at once."""
+        text, ids, chances, last = [], [], [], Piece("", [])
+        async for last in self.stream(prompt, sampling, chat=chat, session=session):
+            text.append(last.text)
+            ids += last.token_ids
+            chances += last.logprobs
+        assert last.finish_reason
+        return Completion("".join(text), ids, last.finish_reason, last.stats, chances)
+
+    async def score(self, prompt: Prompt, mtp: bool = False) -> Any:
+        """Teacher-forced logits.
+
+        Returns:
+            (T, vocab) float32; with `mtp` a pair, the second (T - 1, vocab): row j from hidden j,
+            token j + 1.
+        """
+        ids = self.encode(prompt)
+        if mtp and not self.config.mtp_layers:
+            raise ConfigError("this model has no MTP layer to score")
+        session = Session(self._model, len(ids))
+        try:
+            logits, guesses = await self._pipeline.score(session, ids, Meter(), mtp=mtp)
+        except DuckLost as lost:
+            raise await _with_obituary(lost, self._local) from lost
+        return (logits, guesses) if mtp else logits
+
+
+class _Run:
+    """The bookkeeping of one answer: text, reasons to finish, statistics."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, prompt_tokens: int) -> None:
+        self.meter = Meter()
+        self.count = 0
+        self._engine, self._sampling, self._prompt_tokens = engine, sampling, prompt_tokens
+        self._text = TextStream(engine.tokenizer) if engine.tokenizer else None
+        self._scanner = StopScanner(sampling.stop)
+        if sampling.stop and self._text is None:
+            raise ConfigError("stop texts need a tokenizer.json in the model folder")
+        self._begun = time.perf_counter()
+        self._first = 0.0
+        self._before = Meter()
+
+    def settle(self, token: int, chances: TokenLogprobs | None, *, last: bool) -> Piece:
+        """One more token: its piece of text, and whether it is the last."""
+        self.count += 1
+        if self.count == 1:
+            self._first = time.perf_counter()
+            self._before = _copy(self.meter)
+        ended = token in self._engine.config.eos_token_ids and not self._sampling.ignore_eos
+        text, stopped = "", False
+        if self._text and not ended:
+            text, stopped = self._scanner.feed(self._text.feed(token))
+        reason = "stop" if ended or stopped else "length" if last else None
+        if reason and self._text and not stopped:
+            rest, stopped = self._scanner.feed(self._text.finish())
+            text += rest if stopped else rest + self._scanner.finish()
+        return Piece(
+            text, [token], reason, [chances] if chances else [], self._stats() if reason else {}
+        )
+
+    def _stats(self) -> dict[str, Any]:
+        """As design 5.1: times in seconds, shares of the decode time."""
+        now = time.perf_counter()
+        meter, before = self.meter, self._before
+        ttft, decode = self._first - self._begun, now - self._first
+        device = meter.device.seconds - before.device.seconds
+        duck_s, ask_s = meter.duck_s - before.duck_s, meter.ask_s - before.ask_s
+        early = before.duck_busy_s or [0.0] * len(meter.duck_busy_s)
+        busy = [late - soon for late, soon in zip(meter.duck_busy_s, early, strict=True)]
+        settled = self.count - 1
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self.count,
+            "ttft_s": ttft,
+            "tpot_s": decode / settled if settled else 0.0,
+            "prefill_tok_s": self._prompt_tokens / ttft if ttft else 0.0,
+            "decode_tok_s": settled / decode if settled else 0.0,
+            "steps": meter.steps,
+            "drafts_proposed": len(meter.drafts),
+            "drafts_accepted": meter.accepted,
+            "draft_tokens": [list(pair) for pair in meter.drafts],
+            "schedule": "serial",
+            "transport": self._engine._transport,
+            "ducks": self._engine._flock.plan.ducks,
+            "device_busy": device / decode if settled else 0.0,
+            "ducks_busy": sum(busy) / len(busy) / decode if settled and busy else 0.0,
+            "overlap_efficiency": overlap_efficiency([device, duck_s, ask_s - duck_s], decode),
+            "expert_overlap": (
+                meter.shared_experts / meter.possible_experts if meter.possible_experts else 0.0
+            ),
+        }
+
+
+def _copy(meter: Meter) -> Meter:
+    copy = Meter(ask_s=meter.ask_s, duck_s=meter.duck_s, duck_busy_s=list(meter.duck_busy_s))
+    copy.device.seconds = meter.device.seconds
+    return copy
+
+
+def _shape(config: ModelConfig, device: Device, options: Options) -> wire.Shape:
+    ask = device.dtype_name
+    return wire.Shape(
+        hidden=config.hidden_size,
+        top_k=config.num_experts_per_tok,
+        ask_dtype=ask,
+        answer_dtype="float32" if options.answers == "f32" else ask,
+        max_rows=PREFILL_ROWS,
+    )
+
+
+async def _load(work: Callable[[Callable[[], None]], Loaded]) -> Loaded:
+    """Blocking work in a thread; it calls what it is given now and then, so that Ctrl-C ends it."""
+    cancelled = False
+
+    def check() -> None:
+        if cancelled:
+            raise asyncio.CancelledError
+
+    try:
+        return await asyncio.to_thread(work, check)
+    except asyncio.CancelledError:
+        cancelled = True
+        raise
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Show callers the first DuckError of a group, not the group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        found, _ = group.split(DuckError)
+        error: BaseException | None = found
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if error is None:
+            raise
+        raise error from None
+
+
+async def _with_obituary(lost: DuckLost, local: LocalDucks | None) -> DuckLost:
+    """The same loss, with how the duck's process ended if we started it."""
+    if local is None or lost.reason.startswith(("no sign", "no answer")):
+        return lost
+    told = await local.obituary(lost.index)
+    reason = f"{lost.reason}; {told}" if told else lost.reason
+    return DuckLost(lost.duck, lost.layer, lost.waited_ms, reason, index=lost.index)
+
+
+def logits_to_logprobs(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    """(T - 1,) log probability of each token after the first, float64."""
+    rows = logits[:-1].astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    chosen = rows[np.arange(len(rows)), list(ids[1:])]
+    found: np.ndarray = chosen - np.log(np.exp(rows).sum(axis=1))
+    return found

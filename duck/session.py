@@ -1,0 +1,50 @@
+"""One conversation: its tokens, its KV cache, and how far both have come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from duck.model.transformer import KVCache, Transformer
+
+
+class Session:
+    """Tokens settled so far and the KV of those that went through the layers.
+
+    The cache has no length of its own: positions below `length` (main layers) and `mtp_length`
+    (pairs of
+    the MTP layer) are valid, so a rewind is only a smaller number.
+    """
+
+    def __init__(self, model: Transformer, capacity: int) -> None:
+        self.tokens: list[int] = []
+        self.cache: KVCache = model.new_cache(capacity)
+        self.length = 0
+        self.mtp_length = 0
+        self.hidden: Tensor | None = None  # (1, hidden) of position length - 1, after model.norm
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for that many positions."""
+        if capacity > self.cache.capacity:
+            self.cache.grow(max(capacity, self.cache.capacity * 3 // 2))
+
+    def rewind_to(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Keep what `prompt` shares with the tokens so far; returns the rest of it, never empty.
+
+        The last shared token is run again: its hidden row makes the MTP pair with the token after
+        it.
+        """
+        common = 0
+        for mine, theirs in zip(self.tokens[: self.length], prompt, strict=False):
+            if mine != theirs:
+                break
+            common += 1
+        keep = max(0, common - 1)
+        if self.mtp_length:
+            keep = min(keep, self.mtp_length)
+        self.length = keep
+        self.mtp_length = min(self.mtp_length, keep)
+        self.hidden = None
+        self.tokens = list(prompt[:keep])
+        return prompt[keep:]
