@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import duck
 from duck import log
-from duck.config import CHOICES
+from duck.config import CHOICES, model_folder
 from duck.errors import ConfigError, DuckError
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        arguments = _parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        if words and words[0] in PLANNED:
+            raise ConfigError(f"duck {words[0]} is not built yet; see duck --help for what is")
+        arguments = _parser().parse_args(words)
         log.configure(arguments.log_level, json=arguments.json)
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
@@ -63,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="duck",
-        description="Run mixture-of-experts models far too large for one GPU on a flock of machines.",
+        description="Run mixture-of-experts models far too large for one GPU on cheap machines.",
     )
     parser.add_argument("--version", action="version", version=f"duck {duck.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -133,9 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     node.set_defaults(command=_node)
 
     for name in PLANNED:
-        planned = commands.add_parser(name, help="(planned)", add_help=False)
-        planned.add_argument("rest", nargs=argparse.REMAINDER)
-        planned.set_defaults(command=_planned, name=name, log_level="warning", json=False)
+        commands.add_parser(name, help="(planned)", add_help=False)
     return parser
 
 
@@ -280,23 +281,15 @@ def _node(arguments: argparse.Namespace) -> int:
             "--key-file is not built yet; listen on a loopback address, or --insecure"
         )
     # Numpy's BLAS must not split one row over threads: N ducks on one box would fight over its
-    # cores, and a
-    # row's bits would depend on the machine. Read when numpy is loaded, so it is set before that.
+    # cores, and a row's bits would depend on the machine. It reads this when numpy is loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from duck.node import run_node
 
-    folder = (
-        Path(duck.__file__).parent / "demo" if arguments.model == "demo" else Path(arguments.model)
-    )
     run_node(
-        arguments.listen, folder, insecure=arguments.insecure, parent=arguments.parent,
+        arguments.listen, model_folder(arguments.model), insecure=arguments.insecure, parent=arguments.parent,
         as_json=arguments.json,
     )  # fmt: skip
     return 0
-
-
-def _planned(arguments: argparse.Namespace) -> NoReturn:
-    raise ConfigError(f"duck {arguments.name} is not built yet; see duck --help for what is")
 
 
 def write_json(value: Any) -> None:

@@ -1,5 +1,6 @@
 """What a user may ask of an Engine, checked once: the command line's options under their Python
-names."""
+names.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +23,12 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "answers": (("auto", "f32"), ()),
 }
 MAX_LOCAL_DUCKS = 64
+DEMO = Path(__file__).parent / "demo"
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder of a MODEL argument; "demo" is the model that ships with the package."""
+    return DEMO if str(path) == "demo" else Path(path)
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,13 @@ class Ducks:
         if text.endswith(".toml"):
             return cls._from_file(Path(text))
         addresses = tuple(part.strip() for part in text.split(","))
-        for address in addresses:
-            split_address(address)
+        try:
+            for address in addresses:
+                split_address(address)
+        except ConfigError as error:
+            raise ConfigError(
+                f"--ducks {text}: want local:N, HOST:PORT,HOST:PORT or FILE.toml ({error})"
+            ) from None
         if len(set(addresses)) != len(addresses):
             raise ConfigError(f"--ducks {text}: an address appears twice")
         return cls(None, addresses, ("",) * len(addresses))

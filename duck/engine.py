@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +20,19 @@ import numpy as np
 import structlog
 
 from duck import log, placement, wire
-from duck.config import Ducks, Options
+from duck.config import Ducks, Options, model_folder
 from duck.device import Device, limit_threads
 from duck.errors import ConfigError, DuckError, DuckLost
 from duck.flock import Flock
 from duck.local import LocalDucks
-from duck.model.chat import encode_chat
 from duck.model.config import ModelConfig
-from duck.model.tokenizer import StopScanner, TextStream, Tokenizer
+from duck.model.tokenizer import StopScanner, TextStream
 from duck.model.transformer import Transformer
 from duck.model.weights import Checkpoint, experts_digest
 from duck.node import Node
 from duck.pipeline import PREFILL_ROWS, Meter, Pipeline, overlap_efficiency
 from duck.placement import Plan
+from duck.prompts import Prompt, Prompts
 from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
 from duck.slices import SliceSource
@@ -42,10 +42,6 @@ from duck.transports.tcp import TcpTransport
 
 Loaded = TypeVar("Loaded")
 
-DEMO = Path(__file__).parent / "demo"
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
 # called with (what is being loaded, bytes done, bytes in all)
 Progress = Callable[[str, int, int], None]
 
@@ -78,20 +74,18 @@ class Engine:
     def __init__(
         self,
         *,
-        config: ModelConfig,
+        prompts: Prompts,
         model: Transformer,
-        tokenizer: Tokenizer | None,
         device: Device,
         flock: Flock,
         options: Options,
         transport: str,
         local: LocalDucks | None,
     ) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.prompts, self.config, self.tokenizer = prompts, prompts.config, prompts.tokenizer
         self._model, self._device, self._flock, self._local = model, device, flock, local
         self._transport = transport
-        drafts = config.mtp_layers > 0 and options.draft != "off"
-        self._pipeline = Pipeline(model, device, flock, drafts=drafts)
+        self._pipeline = Pipeline(model, device, flock, drafts=options.draft != "off")
 
     @classmethod
     @asynccontextmanager
@@ -113,8 +107,9 @@ class Engine:
             raise ConfigError(
                 str(error).replace("Options.__init__() got an", "Engine.open:")
             ) from None
-        folder = DEMO if str(path) == "demo" else Path(path)
-        config = ModelConfig.load(folder)
+        folder = model_folder(path)
+        prompts = Prompts(folder)
+        config = prompts.config
         if not config.moe_layers:
             raise ConfigError(
                 f"{folder}: no layer has routed experts; duck runs mixtures of experts"
@@ -123,7 +118,6 @@ class Engine:
         slices = placement.equal_slices(config.moe_intermediate_size, ducks.count)
         checkpoint = Checkpoint.open(folder)
         checkpoint.check(config)
-        tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
 
         if not structlog.is_configured():  # its own default would print every event into the answer
             log.configure()
@@ -170,7 +164,7 @@ class Engine:
             flock = Flock(transport, plan)
             await flock.start()
             yield cls(
-                config=config, model=model, tokenizer=tokenizer, device=device, flock=flock,
+                prompts=prompts, model=model, device=device, flock=flock,
                 options=chosen, transport="loopback" if in_process else "tcp", local=local,
             )  # fmt: skip
         except DuckLost as lost:
@@ -181,56 +175,6 @@ class Engine:
             if local:
                 local.kill()
             device.close()
-
-    # prompts
-
-    def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
-        """Token ids of a prompt: text, ids, or chat messages.
-
-        Raises:
-            ConfigError: empty, out of the vocabulary, longer than the context, or no tokenizer for
-            text.
-        """
-        if isinstance(prompt, str):
-            ids = self._encode_chat([{"role": "user", "content": prompt}]) if chat else None
-            if ids is None:
-                if not prompt:
-                    raise ConfigError("the prompt is empty: give at least one character or token")
-                ids = self._text().encode(prompt)
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self._encode_chat(prompt)  # type: ignore[arg-type]
-        else:
-            ids = list(prompt)  # type: ignore[arg-type]
-        if not ids:
-            raise ConfigError("the prompt is empty: give at least one character or token")
-        vocabulary = self.config.vocab_size
-        for id_ in ids:
-            if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < vocabulary:
-                raise ConfigError(f"prompt id {id_!r}: the vocabulary has ids 0..{vocabulary - 1}")
-        if len(ids) >= self.config.max_context:
-            raise ConfigError(
-                f"the prompt has {len(ids)} tokens; {self._context()} and the answer needs at least one"
-            )
-        return ids
-
-    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        return encode_chat(messages, self._text(), self.config.model_type)
-
-    def _text(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ConfigError(
-                "this model folder has no tokenizer.json: give the prompt as token ids"
-            )
-        return self.tokenizer
-
-    def _context(self) -> str:
-        limit = self.config.max_context
-        if limit < self.config.max_position_embeddings:
-            return (
-                f"this version runs {self.config.model_type} up to index_topk = {limit} tokens "
-                "(beyond them it needs sparse attention)"
-            )
-        return f"the model's context is {limit} tokens"
 
     # answers
 
@@ -252,17 +196,9 @@ class Engine:
         all else.
         """
         sampling = sampling or Sampling()
-        ids = self.encode(prompt, chat=chat)
+        ids = self.prompts.encode(prompt, chat=chat)
         session = session or self.session()
-        limit = min(sampling.max_tokens, self.config.max_context - len(ids))
-        if (
-            limit < sampling.max_tokens
-            and self.config.max_context < self.config.max_position_embeddings
-        ):
-            raise ConfigError(
-                f"{len(ids)} prompt tokens and {sampling.max_tokens} to answer: {self._context()}; "
-                f"ask for at most {limit}"
-            )
+        limit = self.prompts.limit(len(ids), sampling.max_tokens)
         run = _Run(self, sampling, len(ids))
         with _unwrapped():
             try:
@@ -300,7 +236,7 @@ class Engine:
             (T, vocab) float32; with `mtp` a pair, the second (T - 1, vocab): row j from hidden j,
             token j + 1.
         """
-        ids = self.encode(prompt)
+        ids = self.prompts.encode(prompt)
         if mtp and not self.config.mtp_layers:
             raise ConfigError("this model has no MTP layer to score")
         session = Session(self._model, len(ids))

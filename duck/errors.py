@@ -1,10 +1,10 @@
 """The errors a user can meet; their text is one clear line, and their class decides the exit code.
 
 DuckError
-├── ConfigError     bad flag, file or prompt: what was found, what is allowed, what to change     exit 2
-├── WeightsError    missing, misshaped or damaged tensor: names the tensor and its file           exit 2
-├── WireError       bytes that break our framing, or a peer of another version                    exit 3
-└── TransportError                                                                                exit 3
+├── ConfigError     bad flag, file or prompt: what was found, allowed, what to change      exit 2
+├── WeightsError    missing, misshaped or damaged tensor: names the tensor and its file    exit 2
+├── WireError       bytes that break our framing, or a peer of another version             exit 3
+└── TransportError                                                                         exit 3
     ├── TransportClosed   this end was closed: normal at shutdown
     └── DuckLost          one duck is silent or gone: names it, the layer and the time waited
 """

@@ -1,5 +1,6 @@
 """The commands that run a model, as people see them: streaming text, progress bars, tables,
-chat."""
+chat.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +24,10 @@ from rich.progress import (
 from rich.table import Table
 
 from duck.cli import write_json
+from duck.config import model_folder
 from duck.engine import Engine, Piece, logits_to_logprobs
 from duck.errors import ConfigError
+from duck.prompts import Prompts
 from duck.sampling import Sampling
 
 _console = Console(stderr=True)
@@ -93,6 +96,7 @@ async def _generate(
     as_json: bool,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
+        Prompts(model_folder(model)).encode(prompt, chat=chat)  # a bad one costs no loading
         with _loading() as progress:
             opening = Engine.open(model, progress=progress, **options)
             engine = await stack.enter_async_context(opening)
@@ -165,12 +169,12 @@ async def _score(
     as_json: bool,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
+        ids = Prompts(model_folder(model)).encode(prompt)
+        if len(ids) < 2:
+            raise ConfigError("one token has no likelihood: give at least two")
         with _loading() as progress:
             opening = Engine.open(model, progress=progress, **options)
             engine = await stack.enter_async_context(opening)
-        ids = engine.encode(prompt)
-        if len(ids) < 2:
-            raise ConfigError("one token has no likelihood: give at least two")
         scored = await engine.score(ids, mtp=mtp)
         logits, tensors = (scored[0] if mtp else scored), {}
         tensors["logits"] = logits

@@ -219,8 +219,9 @@ async def _connect(address: str, label: str) -> Link:
         reason = f"no connection to {address} within {CONNECT_S:.0f} s"
         raise DuckLost(label, None, CONNECT_S * 1e3, reason) from None
     except OSError as error:
-        raise DuckLost(
-            label, None, 0.0, f"cannot connect to {address}: {error.strerror or error}"
+        raise TransportError(
+            f"cannot reach {label}: {error.strerror or error}; start it with: "
+            f"duck node --listen {address} --model DIR"
         ) from error
     return link
 
@@ -321,7 +322,8 @@ class TcpTransport:
 
     async def _expect(self, link: Link, label: str, kind: str, duck: int) -> dict[str, Any]:
         """The next message of this kind; loading messages in between are progress, silence is a
-        loss."""
+        loss.
+        """
         begun = time.perf_counter()
         while True:
             try:
@@ -565,7 +567,8 @@ class TcpDuckEnd:
 
     async def _greet(self, link: Link) -> None:
         """A new connection: a host's control connection, or the data connection of a known
-        session."""
+        session.
+        """
         self._ungreeted += 1
         try:
             if self._ungreeted > self.MAX_UNGREETED:

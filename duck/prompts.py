@@ -1,0 +1,103 @@
+"""What a user gives to a model, as token ids that fit it; needs the folder's small files only.
+
+Checked before anything large is loaded, so that a bad prompt costs seconds, not minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duck.errors import ConfigError
+from duck.model.chat import encode_chat
+from duck.model.config import ModelConfig
+from duck.model.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class Prompts:
+    """Turns prompts for one model into token ids.
+
+    Args:
+        folder: the model's.
+
+    Raises:
+        ConfigError: the folder, its config.json or its tokenizer cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.config = ModelConfig.load(folder)
+        has_text = (folder / "tokenizer.json").exists()
+        self.tokenizer = Tokenizer.load(folder) if has_text else None
+
+    def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
+        """Token ids of a text (with BOS if the tokenizer says so), of messages, or as given.
+
+        Raises:
+            ConfigError: empty, out of the vocabulary, longer than the context, or text without a
+                tokenizer.
+        """
+        empty = ConfigError("the prompt is empty: give at least one character or token")
+        if isinstance(prompt, str):
+            if not prompt:
+                raise empty
+            ids = self._chat([{"role": "user", "content": prompt}]) if chat else self._text(prompt)
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            ids = self._chat(prompt)
+        elif chat:
+            raise ConfigError("the chat format needs text or messages, not token ids")
+        else:
+            ids = [self._checked(id_) for id_ in prompt]
+        if not ids:
+            raise empty
+        if len(ids) >= self.config.max_context:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens; {self.context()}, and an answer needs one"
+            )
+        return ids
+
+    def limit(self, prompt_tokens: int, max_tokens: int) -> int:
+        """How many tokens may be answered: at most max_tokens, and what the context leaves.
+
+        Raises:
+            ConfigError: the model's own context is longer than what this version can run of it.
+        """
+        room = self.config.max_context - prompt_tokens
+        if room < max_tokens and self.config.max_context < self.config.max_position_embeddings:
+            raise ConfigError(
+                f"{prompt_tokens} prompt tokens and {max_tokens} to answer: {self.context()}; "
+                f"ask for at most {room}"
+            )
+        return min(max_tokens, room)
+
+    def context(self) -> str:
+        """The longest sequence, in words."""
+        limit = self.config.max_context
+        if limit < self.config.max_position_embeddings:
+            return (
+                f"this version runs {self.config.model_type} up to index_topk = {limit} tokens "
+                "(beyond them it needs sparse attention)"
+            )
+        return f"the model's context is {limit} tokens"
+
+    def _checked(self, id_: Any) -> int:
+        vocabulary = self.config.vocab_size
+        if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < vocabulary:
+            raise ConfigError(f"prompt id {id_!r}: the vocabulary has ids 0..{vocabulary - 1}")
+        return id_
+
+    def _text(self, text: str) -> list[int]:
+        return self._tokenizer().encode(text)
+
+    def _chat(self, messages: Any) -> list[int]:
+        return encode_chat(messages, self._tokenizer(), self.config.model_type)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ConfigError(
+                "this model folder has no tokenizer.json: give the prompt as token ids"
+            )
+        return self.tokenizer
