@@ -154,8 +154,8 @@ def allowed_weights(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[
     largest logit, which `choose` has checked.
     """
     temperature = np.float32(min(max(sampling.temperature, _COLDEST), _HOTTEST))
-    weights: NDArray[np.float32] = logits - logits.max()
     with np.errstate(over="ignore", under="ignore"):  # far below the maximum becomes exactly 0
+        weights: NDArray[np.float32] = logits - logits.max()
         np.divide(weights, temperature, out=weights)
         np.exp(weights, out=weights)
     if 0 < sampling.top_k < weights.size:
