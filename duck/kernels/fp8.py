@@ -37,7 +37,8 @@ def _table() -> Floats:
 E4M3 = _table()
 """The value of every e4m3 code: (256,) float32."""
 
-_MIDDLES = (E4M3[:126] + E4M3[1:127]) / 2  # exact in float32: one more significand bit
+E8M0 = np.append(2.0 ** np.arange(-127, 128), np.nan).astype(np.float32)
+"""The value 2**(code - 127) of every e8m0 code, 255 being NaN: (256,) float32."""
 
 
 def decode(codes: Codes) -> Floats:
@@ -53,18 +54,19 @@ def has_nan(codes: Codes) -> bool:
 
 def encode(values: npt.NDArray[np.floating]) -> Codes:
     """The nearest e4m3 codes, ties to the even one; beyond 448 saturates. Values are finite."""
-    size = np.abs(values).astype(np.float32)
-    code = np.searchsorted(_MIDDLES, size, side="left")  # a tie lands on the lower code
-    tie = size == _MIDDLES[np.minimum(code, len(_MIDDLES) - 1)]
-    code += tie & (code % 2 == 1)
+    size = np.minimum(np.abs(values), MAX).astype(np.float32)
+    bits = size.view(np.uint32)
+    # Round to 3 mantissa bits, ties to even, and move the exponent's bias from 127 to 7.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    code = np.where(size < 2.0**-6, np.rint(size * 2.0**9), normal)
     codes: Codes = (code + np.where(np.signbit(values), 128, 0)).astype(np.uint8)
     return codes
 
 
 def decode_e8m0(codes: Codes) -> Floats:
-    """The values 2**(code - 127) of e8m0 codes, any shape; 255 is NaN."""
-    values = np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
-    return np.where(codes == 255, np.float32(np.nan), values).astype(np.float32)
+    """The values of e8m0 codes, any shape; 255 becomes NaN."""
+    values: Floats = E8M0[codes]
+    return values
 
 
 def spread(scales: Floats, edge: int, first: int, count: int, axis: int) -> Floats:

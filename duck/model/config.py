@@ -73,7 +73,7 @@ class ModelConfig:
     rope: Rope
     max_position_embeddings: int
     tie_word_embeddings: bool
-    index_topk: int | None  # deepseek_v32 only
+    index_topk: int | None  # keys a row attends to, of deepseek_v32; None: all
     weight_block_size: tuple[int, int] | None  # (rows, columns) of one fp8 scale; None: not fp8
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -95,16 +95,15 @@ class ModelConfig:
             raise ConfigError(f"no config.json in {folder}: expected a Hugging Face model folder")
         generation = folder / "generation_config.json"
         return cls.parse(
-            _read_json(path),
-            _read_json(generation) if generation.is_file() else {},
-            source=str(path),
+            _read_json(path), _read_json(generation) if generation.is_file() else {}, folder=folder
         )
 
     @classmethod
     def parse(
-        cls, raw: Mapping[str, Any], generation: Mapping[str, Any], *, source: str
+        cls, raw: Mapping[str, Any], generation: Mapping[str, Any], *, folder: Path
     ) -> ModelConfig:
-        """As `load`, from the parsed files; `source` is the path that errors name."""
+        """As `load`, from the parsed files; errors name them in `folder`."""
+        source = str(folder / "config.json")
         keys = _Keys(raw, source)
         model_type = raw.get("model_type")
         if not isinstance(model_type, str):
@@ -154,14 +153,10 @@ class ModelConfig:
             rope=_rope(keys),
             max_position_embeddings=keys.integer("max_position_embeddings", least=1),
             tie_word_embeddings=keys.boolean("tie_word_embeddings", default=False),
-            index_topk=(
-                keys.integer("index_topk", least=1) if model_type == "deepseek_v32" else None
-            ),
+            index_topk=keys.integer_or_none("index_topk", least=1),
             weight_block_size=_block_size(keys),
             bos_token_id=keys.integer_or_none("bos_token_id", least=0),
-            eos_token_ids=_eos(
-                keys, _Keys(generation, source.replace("config", "generation_config"))
-            ),
+            eos_token_ids=_eos(keys, _Keys(generation, str(folder / "generation_config.json"))),
         )
         config._check(keys)
         return config
@@ -182,8 +177,8 @@ class ModelConfig:
     def max_context(self) -> int:
         """Tokens a session may hold.
 
-        deepseek_v32 attends to the index_topk best keys; up to that many tokens it attends to all
-        of them and dense attention is exact, beyond it an indexer is needed, which is not built.
+        With index_topk a row attends to so many keys that an indexer picks. Up to that many tokens
+        it attends to all, and dense attention is exact; beyond, the indexer would be needed.
         """
         if self.index_topk is None:
             return self.max_position_embeddings
@@ -198,15 +193,15 @@ class ModelConfig:
             "mlp_bias": (False,),
             "rope_interleave": (True,),
             "moe_layer_freq": (1,),
-            "num_key_value_heads": (self.num_attention_heads, None),
+            "num_key_value_heads": (self.num_attention_heads,),
         }
         for key, allowed in fixed.items():
-            if key in raw and raw[key] not in allowed:
+            if raw.get(key) is not None and raw[key] not in allowed:
                 raise keys.error(key, f"{raw[key]!r} is not supported, only {allowed[0]!r}")
         if self.qk_rope_head_dim % 2:
             raise keys.error("qk_rope_head_dim", f"{self.qk_rope_head_dim} is odd")
-        if self.model_type == "deepseek_v32" and self.q_lora_rank is None:
-            raise keys.error("q_lora_rank", "null, but deepseek_v32 needs it")
+        if self.model_type == "deepseek_v32" and self.index_topk is None:
+            raise keys.error("index_topk", "missing, but deepseek_v32 needs it")
         if self.model_type == "deepseek_v2" and self.norm_topk_prob:
             # Its authors skip the scaling factor then, others apply both: no checkpoint has it.
             raise keys.error("norm_topk_prob", "true is not supported for deepseek_v2")
@@ -316,7 +311,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise ConfigError(f"cannot read {path}: {problem.strerror}") from problem
-    except ValueError as problem:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as problem:  # not UTF-8, not JSON, or nested without end
         raise ConfigError(f"{path} is not JSON: {problem}") from problem
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no JSON object")

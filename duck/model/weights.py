@@ -287,7 +287,10 @@ class Checkpoint:
             raise WeightsError(f"{info} has dtype {info.dtype}, which is not supported")
         data = self._maps.get(info.file)
         if data is None:
-            data = self._maps[info.file] = np.memmap(info.file, np.uint8, mode="r")
+            try:
+                data = self._maps[info.file] = np.memmap(info.file, np.uint8, mode="r")
+            except OSError as problem:
+                raise WeightsError(f"cannot map {info.file}: {problem.strerror}") from problem
         part = data[info.offset : info.offset + info.nbytes]
         return part.view(dtype).reshape(info.shape)
 
@@ -395,7 +398,7 @@ class _Ignored:
     def __init__(self, config: ModelConfig, names: Mapping[str, TensorInfo]) -> None:
         self._config = config
         patterns = [r".*\.rotary_emb\.inv_freq"]  # computed; older files store it
-        if config.model_type == "deepseek_v32":
+        if config.index_topk is not None:
             # The indexer picks keys beyond index_topk; within it, attention is dense.
             patterns.append(r"model\.layers\.\d+\.self_attn\.indexer\..*")
         if config.tie_word_embeddings:
@@ -473,14 +476,14 @@ def _read_index(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a sharded checkpoint: {"weight_map": {tensor: file}}."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as problem:
         raise WeightsError(f"{path} is not a safetensors index: {problem!r}") from problem
     if not isinstance(weight_map, dict):
         raise WeightsError(f"{path}: weight_map is no object")
     shards: dict[str, dict[str, TensorInfo]] = {}
     tensors: dict[str, TensorInfo] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
             raise WeightsError(
                 f"{path}: {name} lies in {file!r}, expected a file name of this folder"
             )
@@ -508,7 +511,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         raise WeightsError(f"cannot read {path}: {problem.strerror}") from problem
     try:
         header = json.loads(text)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise WeightsError(f"{path}: the header is not JSON: {problem}") from problem
     if not isinstance(header, dict):
         raise WeightsError(f"{path}: the header is no JSON object")
@@ -549,8 +552,8 @@ def _parse_entry(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    """A JSON list of whole numbers that are sizes or places, or None."""
-    if not isinstance(value, list):
+    """A short JSON list of whole numbers that can be sizes or places; else None."""
+    if not isinstance(value, list) or len(value) > 8:
         return None
     for number in value:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:

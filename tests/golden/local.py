@@ -1,4 +1,4 @@
-"""The model driven by the plainest loop, its experts computed whole in torch: no flock, no engine."""
+"""The model driven by the plainest loop, experts whole and in torch: no flock, no engine."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Reference:
 
     @torch.inference_mode()
     def mtp_logits(self, ids: list[int]) -> Tensor:
-        """(T - 1, vocab): row i from (h_i, token i + 1), transformers' decoder layer wired by hand."""
+        """(T - 1, vocab): row i from (h_i, token i + 1), their decoder layer wired by hand."""
         decoder = self.model.model
         seen: dict[str, Any] = {}
 

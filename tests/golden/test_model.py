@@ -1,8 +1,8 @@
 """Logits, greedy tokens and MTP drafts against transformers, for every variation of the config.
 
-Logits are compared at every position of a teacher-forced text: a random prompt and the 32 tokens that
-our own greedy decoding adds. Greedy decoding agrees iff transformers' argmax at each of their positions
-is the token that follows.
+Logits are compared at every position of a teacher-forced text: a random prompt and the 32 tokens
+that our own greedy decoding adds. Greedy decoding agrees iff transformers' argmax before each of
+these tokens is that token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.checkpoints import CONFIG, make_checkpoint
 from tests.golden import local, reference
 
