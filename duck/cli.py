@@ -286,9 +286,12 @@ def _node(arguments: argparse.Namespace) -> int:
     from duck.node import run_node
 
     run_node(
-        arguments.listen, model_folder(arguments.model), insecure=arguments.insecure, parent=arguments.parent,
+        arguments.listen,
+        model_folder(arguments.model),
+        insecure=arguments.insecure,
+        parent=arguments.parent,
         as_json=arguments.json,
-    )  # fmt: skip
+    )
     return 0
 
 

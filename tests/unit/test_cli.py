@@ -1,0 +1,143 @@
+"""The command line: a mistake is one clear line and an exit code; output is where it belongs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from duck import cli
+from tests.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), seed=3)
+
+
+def run(capfd: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
+    code = cli.main([str(word) for word in words])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+IDS = ("--prompt-ids", "5,6,7")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ((), "required: COMMAND"),
+        (("swim",), "swim"),
+        (("generate",), "MODEL"),
+        (("generate", "MODEL"), "--prompt"),
+        (("generate", "MODEL", "--prompt", "a", "--prompt-ids", "1"), "not allowed with"),
+        (("generate", "no/such/folder", *IDS), "no such folder: no/such/folder"),
+        (("generate", "MODEL", "--prompt-ids", "1,x"), "want token ids as 1,2,3"),
+        (("generate", "MODEL", "--prompt-ids", "1,9999"), "vocabulary has ids 0..287"),
+        (("generate", "MODEL", "--prompt-ids", ""), "the prompt is empty"),
+        (("generate", "MODEL", "--prompt", ""), "the prompt is empty"),
+        (("generate", "MODEL", "--prompt-file", "none.txt"), "none.txt: No such file"),
+        (("generate", "MODEL", "--chat", *IDS), "--chat needs text"),
+        (("generate", "MODEL", *IDS, "--max-tokens", "0"), "max_tokens=0"),
+        (("generate", "MODEL", *IDS, "--max-tokens", "many"), "invalid int value"),
+        (("generate", "MODEL", *IDS, "--temperature", "-1"), "temperature=-1.0"),
+        (("generate", "MODEL", *IDS, "--ducks", "local:0"), "local:N with N of 1..64"),
+        (("generate", "MODEL", *IDS, "--ducks", "nowhere"), "want local:N, HOST:PORT"),
+        (("generate", "MODEL", *IDS, "--ducks", "a:1,a:1"), "appears twice"),
+        (("generate", "MODEL", *IDS, "--ducks", "none.toml"), "none.toml: No such file"),
+        (("generate", "MODEL", *IDS, "--ducks", "local:64", "--transport", "shm"), "not built yet"),
+        (("generate", "MODEL", *IDS, "--transport", "pigeon"), "want one of auto, loopback, tcp"),
+        (("generate", "MODEL", *IDS, "--schedule", "wave"), "--schedule wave is not built yet"),
+        (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
+        (("generate", "MODEL", *IDS, "--trace", "t.json"), "--trace is not built yet"),
+        (("generate", "MODEL", *IDS, "--transport", "loopback", "--ducks", "h:1"), "inside this"),
+        (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "cannot reach duck 0"),
+        (("score", "MODEL", "--prompt-ids", "1"), "at least two"),
+        (("score", "MODEL", *IDS, "--logits-out", "no/dir/x"), "no such folder: no/dir"),
+        (("serve", "MODEL"), "duck serve is not built yet"),
+        (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
+        (("node", "--listen", "127.0.0.1", "--model", "MODEL"), "want HOST:PORT"),
+        (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
+        (("node", "--listen", "127.0.0.1:0", "--store", "x"), "--store is not built yet"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_mistakes_are_one_line(
+    capfd: pytest.CaptureFixture[str], folder: Path, words: tuple[str, ...], found: str
+) -> None:
+    code, out, err = run(capfd, *(str(folder) if word == "MODEL" else word for word in words))
+    assert found in err
+    assert err.startswith("duck: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert code == (3 if "cannot reach" in found else 2)
+
+
+def test_generate_json(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
+    words = ("generate", folder, *IDS, "--max-tokens", "6", "--ignore-eos", "--json")
+    code, out, err = run(capfd, *words, "--transport", "loopback")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert set(answer) == {"token_ids", "text", "finish_reason", "stats"}
+    assert len(answer["token_ids"]) == answer["stats"]["completion_tokens"] == 6
+    code, again, _ = run(capfd, *words, "--transport", "tcp", "--logprobs", "2")
+    assert code == 0
+    told = json.loads(again)
+    assert told["token_ids"] == answer["token_ids"]
+    assert [chances["token"] for chances in told["logprobs"]] == answer["token_ids"]
+
+
+def test_text_goes_to_stdout_and_figures_to_stderr(
+    capfd: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    words = ("generate", folder, "--prompt", "duck", "--max-tokens", "6", "--ignore-eos")
+    code, out, err = run(capfd, *words, "--transport", "loopback")
+    _, whole, _ = run(capfd, *words, "--transport", "loopback", "--json")
+    assert code == 0
+    assert out == json.loads(whole)["text"] + "\n"
+    assert "tok/s" in err
+
+
+def test_score(capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "logits.safetensors"
+    words = ("score", folder, "--prompt-ids", "5,6,7,8", "--transport", "loopback")
+    code, out, _ = run(capfd, *words, "--mtp", "--logits-out", file, "--json")
+    assert code == 0
+    told, tensors = json.loads(out), load_file(file)
+    assert tensors["logits"].shape == (4, 288)
+    assert tensors["mtp_logits"].shape == (3, 288)
+    rows = tensors["logits"][:-1].astype(np.float64)
+    chances = [
+        row[id_] - np.log(np.exp(row).sum()) for row, id_ in zip(rows, (6, 7, 8), strict=True)
+    ]
+    assert told["log_likelihood"] == pytest.approx(sum(chances), abs=1e-6)
+    assert told["perplexity"] == pytest.approx(np.exp(-sum(chances) / 3), rel=1e-6)
+    text = tmp_path / "text.txt"
+    text.write_text("a duck")
+    code, out, _ = run(capfd, "score", folder, "--text-file", text, "--transport", "loopback")
+    assert code == 0
+    assert "perplexity" in out
+
+
+def test_flock_toml(capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "flock.toml"
+    for text, found in (
+        ("[host]\n", "no [[duck]]"),
+        ('[[duck]]\nname = "a"\n', "address"),
+        ('[[duck]]\naddress = "127.0.0.1:1"\nspeed = 3\n', "speed"),
+        ('[[duck]]\naddress = "127.0.0.1:1"\nweight = 3\n', "weights are not built yet"),
+        (
+            '[host]\nkey_file = "k"\n[[duck]]\naddress = "127.0.0.1:1"\n',
+            "key_file is not built yet",
+        ),
+        ("not toml", "flock.toml"),
+        ('[[duck]]\nname = "kitchen"\naddress = "127.0.0.1:1"\n', "cannot reach duck 0 (kitchen"),
+    ):
+        file.write_text(text)
+        _code, _out, err = run(capfd, "generate", folder, *IDS, "--ducks", file)
+        assert found in err
+        assert err.count("\n") == 1
