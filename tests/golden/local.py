@@ -17,6 +17,7 @@ class LocalModel:
     """`duck.model` with its experts in the same process."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.folder = folder
         self.config = ModelConfig.load(folder)
         checkpoint = Checkpoint.open(folder)
         self.model = Transformer.load(
