@@ -1,7 +1,7 @@
-"""Logits, greedy tokens and MTP drafts against transformers, for every variation of the config.
+"""Logits, greedy tokens and MTP drafts of the Engine against transformers, for every variation.
 
 Logits are compared at every position of a teacher-forced text: a random prompt and the 32 tokens
-that our own greedy decoding adds. Greedy decoding agrees iff transformers' argmax before each of
+that our greedy decoding adds. Greedy decoding agrees iff transformers' argmax before each of
 these tokens is that token.
 """
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import duck
 from tests.checkpoints import CONFIG, make_checkpoint
-from tests.golden import local, reference
+from tests.golden import reference
 
 YARN = CONFIG["rope_scaling"]
 NO_GROUPS = {"n_group": 1, "topk_group": 1}
@@ -49,6 +51,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 0,
         "rope_theta": 50000.0,
         "rope_scaling": {**YARN, "factor": 32, "beta_fast": 1},
+        "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "routed_scaling_factor": 2.827,
         **NO_GROUPS,
@@ -80,36 +83,54 @@ PROMPT, DECODED = 40, 32
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
-def test_equals_transformers(name: str, tmp_path: Path) -> None:
+async def test_equals_transformers(name: str, tmp_path: Path) -> None:
     seed = list(VARIATIONS).index(name)
     folder = make_checkpoint(tmp_path, seed=seed, tokenizer=False, **VARIATIONS[name])
-    truth, ours = reference.load(folder), local.LocalModel(folder)
-    ids = torch.randint(288, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
-    ids += greedy(ours, ids, DECODED)
+    truth = reference.load(folder)
+    prompt = torch.randint(288, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
+    greedy = duck.Sampling(max_tokens=DECODED, temperature=0, ignore_eos=True)
+    ducks = f"local:{1 + seed % 3}"  # three slices of 192 columns start inside a block of 128
+    drafts: list[list[int]] = []
+    async with duck.Engine.open(folder, ducks=ducks, transport="loopback") as engine:
+        done = await engine.generate(prompt, greedy)
+        ids = prompt + done.token_ids
+        if truth.has_mtp:
+            logits, mtp_logits = await engine.score(ids, mtp=True)
+            drafts = done.stats["draft_tokens"]
+        else:
+            logits, mtp_logits = await engine.score(ids), None
 
     expected = truth.logits(ids)
     assert 0.5 < expected.std() < 8  # the checkpoint behaves like a model
-    difference = (ours.logits(ids) - expected).abs().max().item()
-    print(f"{name}: largest logit difference {difference:.1e}")
-    assert difference < 1e-3
-    assert expected[PROMPT - 1 : -1].argmax(dim=-1).tolist() == ids[PROMPT:]
-
-    if truth.has_mtp:
-        expected, drafts = truth.mtp_logits(ids), ours.mtp_logits(ids)
-        difference = (drafts - expected).abs().max().item()
-        print(f"{name}: largest MTP logit difference {difference:.1e}")
-        assert difference < 1e-3
-        assert drafts.argmax(dim=-1).tolist() == expected.argmax(dim=-1).tolist()
+    assert difference(name, logits, expected) < 1e-3
+    assert expected[PROMPT - 1 : -1].argmax(dim=-1).tolist() == done.token_ids
+    if mtp_logits is not None:
+        expected = truth.mtp_logits(ids)
+        assert difference(f"{name}, MTP", mtp_logits, expected) < 1e-3
+        # The guess made after completion token i is of the token after it.
+        guesses = expected[PROMPT - 1 :].argmax(dim=-1).tolist()
+        assert len(drafts) > DECODED // 4
+        assert drafts == [[index, guesses[index]] for index, _ in drafts]
 
 
-@torch.inference_mode()
-def greedy(ours: local.LocalModel, prompt: list[int], count: int) -> list[int]:
-    """The prompt in one call, then one token at a time through the cache."""
-    cache = ours.model.new_cache(len(prompt) + count)
-    tokens: list[int] = []
-    h = ours.hidden(prompt, cache)
-    while True:
-        tokens.append(int(ours.model.logits(h[-1:]).argmax()))
-        if len(tokens) == count:
-            return tokens
-        h = ours.hidden(tokens[-1:], cache, len(prompt) + len(tokens) - 1)
+async def test_a_prompt_of_several_chunks(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, seed=50, tokenizer=False)
+    ids = torch.randint(288, (300,), generator=torch.Generator().manual_seed(50)).tolist()
+    async with duck.Engine.open(folder, ducks="local:2", transport="loopback") as engine:
+        logits = await engine.score(ids)
+    assert difference("300 tokens", logits, reference.load(folder).logits(ids)) < 1e-3
+
+
+async def test_beyond_index_topk_is_one_clear_error(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, seed=51, tokenizer=False, **VARIATIONS["deepseek_v32"])
+    async with duck.Engine.open(folder, ducks="local:1", transport="loopback") as engine:
+        with pytest.raises(duck.ConfigError, match="96"):
+            await engine.score([5] * 97)
+
+
+def difference(what: str, got: np.ndarray, expected: torch.Tensor) -> float:
+    """The largest, printed for the record."""
+    assert got.shape == expected.shape
+    largest = float((torch.from_numpy(got) - expected).abs().max())
+    print(f"{what}: largest logit difference {largest:.1e}")
+    return largest

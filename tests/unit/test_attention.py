@@ -12,7 +12,7 @@ from duck.kernels.reference import device
 from duck.kernels.reference.device import attend_absorbed, attend_naive
 from duck.model.attention import KVCache
 from tests.checkpoints import make_checkpoint
-from tests.golden.local import LocalModel
+from tests.unit.local_model import LocalModel
 
 HEADS, NOPE, ROPE, VALUE, RANK = 3, 6, 4, 5, 7
 

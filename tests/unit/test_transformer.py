@@ -12,7 +12,7 @@ from duck.model.config import ModelConfig
 from duck.model.transformer import Transformer
 from duck.model.weights import Checkpoint
 from tests.checkpoints import make_checkpoint
-from tests.golden.local import LocalModel
+from tests.unit.local_model import LocalModel
 
 CPU = torch.device("cpu")
 IDS = torch.randint(288, (64,), generator=torch.Generator().manual_seed(2)).tolist()
