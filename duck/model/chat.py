@@ -9,6 +9,7 @@ stays text.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -50,11 +51,11 @@ def encode_chat(
     """
     text, disguise = _render(messages, tokenizer, model_type, thinking, tools)
     ids: list[int] = []
-    for number, piece in enumerate(disguise.control.split(text)):
-        if number % 2:  # pieces alternate: text, control token, text, ...
+    for number, piece in enumerate(disguise.split(text)):
+        if number % 2:
             ids.append(tokenizer.control_tokens[piece])
         elif piece:
-            ids += tokenizer.encode_text(disguise.take_off(piece))
+            ids += tokenizer.encode_text(piece)
     return ids
 
 
@@ -219,38 +220,53 @@ _FORM = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "
 _FORM |= {"function", "name", "arguments", "description", "parameters", "tools", *ROLES}
 
 
-class _Disguise:
-    """Swaps characters of control tokens in messages for private stand-ins, and back.
+class _Marks:
+    """The control tokens of one tokenizer, ready to be looked for."""
 
-    `control` matches a control token; as a splitter it yields text, token, text, ...
-    """
-
-    def __init__(self, tokenizer: Tokenizer, inputs: Any) -> None:
-        tokens = sorted(tokenizer.control_tokens, key=len, reverse=True)  # the longest match wins
-        self.control = re.compile(f"({'|'.join(map(re.escape, tokens)) or '(?!)'})")
+    def __init__(self, tokens: frozenset[str]) -> None:
+        ordered = sorted(tokens, key=len, reverse=True)  # where several match, the longest wins
+        self.splitter = re.compile(f"({'|'.join(map(re.escape, ordered)) or '(?!)'})")
         rests: dict[str, list[str]] = {}
-        for token in tokens:
+        for token in ordered:
             rests.setdefault(token[0], []).append(re.escape(token[1:]))
         # The first character of each token, also where tokens overlap.
-        self._starts = re.compile(
-            "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
-            or "(?!)"
-        )
-        self._tokens = tokens
-        self._longest = max(map(len, tokens), default=0)
-        self._heads = {token[:size] for token in tokens for size in range(1, len(token))}
-        self._tails = {token[size:] for token in tokens for size in range(1, len(token))}
+        firsts = (f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
+        self.starts = re.compile("|".join(firsts) or "(?!)")
+        self.longest = max(map(len, tokens), default=0)
+        self.heads = {token[:size] for token in tokens for size in range(1, len(token))}
+        self.tails = {token[size:] for token in tokens for size in range(1, len(token))}
+        self.insides = "\n".join(token[1:] for token in ordered)
+
+
+# Hundreds of tokens take milliseconds to prepare, which a server would spend on every request.
+_marks = functools.lru_cache(maxsize=4)(_Marks)
+
+
+class _Disguise:
+    """Swaps characters of control tokens in messages for private stand-ins, and back."""
+
+    def __init__(self, tokenizer: Tokenizer, inputs: Any) -> None:
+        self._marks = _marks(frozenset(tokenizer.control_tokens))
         try:
             used = set(json.dumps(inputs, ensure_ascii=False) + (tokenizer.chat_template or ""))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"messages and tools must be JSON: {error}") from error
         self._free = (mask for mask in map(chr, range(0x100000, 0x10FFFE)) if mask not in used)
         self._mask_of: dict[str, str] = {}
+        self._hidden: dict[str, str] = {}  # schemas repeat their few words thousands of times
+
+    def split(self, text: str) -> list[str]:
+        """Plain text, control token, plain text, ...: the plain texts without disguise."""
+        pieces = self._marks.splitter.split(text)
+        pieces[::2] = map(self.take_off, pieces[::2])
+        return pieces
 
     def put_on(self, value: Any) -> Any:
         """`value` with every text in it disguised, keys too."""
         if isinstance(value, str):
-            return self._hide(value)
+            if value not in self._hidden:
+                self._hidden[value] = self._hide(value)
+            return self._hidden[value]
         if isinstance(value, Mapping):
             return {self.put_on(key): self.put_on(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -261,21 +277,18 @@ class _Disguise:
         return text.translate({ord(mask): char for char, mask in self._mask_of.items()})
 
     def _hide(self, text: str) -> str:
-        hidden = list(text)
-        at = [match.start() for match in self._starts.finditer(text)]
+        marks = self._marks
+        at = [match.start() for match in marks.starts.finditer(text)]
         # What the format or another message puts next to an edge must not complete a token there.
-        sizes = range(1, min(self._longest, len(text) + 1))
-        at += [len(text) - size for size in sizes if text[-size:] in self._heads]
-        if text not in _FORM and (
-            any(text[:size] in self._tails for size in sizes) or self._is_inside(text)
-        ):
+        sizes = range(1, min(marks.longest, len(text) + 1))
+        at += [len(text) - size for size in sizes if text[-size:] in marks.heads]
+        inside = 0 < len(text) < marks.longest and text in marks.insides
+        if text not in _FORM and (inside or any(text[:size] in marks.tails for size in sizes)):
             at.append(0)
+        hidden = list(text)
         for index in at:
             hidden[index] = self._mask(text[index])
         return "".join(hidden)
-
-    def _is_inside(self, text: str) -> bool:
-        return 0 < len(text) < self._longest and any(text in token[1:] for token in self._tokens)
 
     def _mask(self, character: str) -> str:
         if character not in self._mask_of:

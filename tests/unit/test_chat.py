@@ -331,7 +331,10 @@ NASTY = (
     "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}"
     "{% endfor %}{{ tools | tojson if tools }}<｜Assistant｜>"
 )
-TURNS = "{{ bos_token }}{% for m in messages %}<｜{{ m.role | capitalize }}｜>{{ m.content }}{% endfor %}"
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}<｜{{ m.role | capitalize }}｜>"
+    "{{ m.content }}{% endfor %}"
+)
 FORMATS = [
     pytest.param(PLAIN, "deepseek_v3", id="v3"),
     pytest.param(V31, "deepseek_v3", id="v3.1"),
