@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ import structlog
 from duck import log, placement, wire
 from duck.config import Ducks, Options, model_folder
 from duck.device import Device, limit_threads
-from duck.errors import ConfigError, DuckError, DuckLost
+from duck.errors import ConfigError
 from duck.flock import Flock
 from duck.local import LocalDucks
 from duck.model.config import ModelConfig
@@ -72,20 +72,11 @@ class Engine:
     """A loaded model with its flock; made by `Engine.open`."""
 
     def __init__(
-        self,
-        *,
-        prompts: Prompts,
-        model: Transformer,
-        device: Device,
-        flock: Flock,
-        options: Options,
-        transport: str,
-        local: LocalDucks | None,
+        self, prompts: Prompts, model: Transformer, pipeline: Pipeline, plan: Plan, transport: str
     ) -> None:
         self.prompts, self.config, self.tokenizer = prompts, prompts.config, prompts.tokenizer
-        self._model, self._device, self._flock, self._local = model, device, flock, local
-        self._transport = transport
-        self._pipeline = Pipeline(model, device, flock, drafts=options.draft != "off")
+        self.plan, self.transport = plan, transport
+        self._model, self._pipeline = model, pipeline
 
     @classmethod
     @asynccontextmanager
@@ -122,13 +113,15 @@ class Engine:
         if not structlog.is_configured():  # its own default would print every event into the answer
             log.configure()
         limit_threads()
-        device = Device(chosen.device, chosen.dtype)
-        local: LocalDucks | None = None
-        flock: Flock | None = None
-        try:
+        note = progress or (lambda _what, _done, _total: None)
+        async with AsyncExitStack() as stack:
+            device = Device(chosen.device, chosen.dtype)
+            stack.callback(device.close)
             in_process = chosen.transport == "loopback"
+            local: LocalDucks | None = None
             if ducks.local and not in_process:
                 local = LocalDucks.launch(ducks.local, folder)  # they start while we load
+                stack.callback(local.kill)
             plan = Plan(
                 model=await _load(lambda _: experts_digest(checkpoint, config)),
                 layers=config.moe_layers,
@@ -137,7 +130,6 @@ class Engine:
                 slices=slices,
                 shape=_shape(config, device, chosen),
             )
-            note = progress or (lambda _what, _done, _total: None)
 
             def read(check: Callable[[], None]) -> Transformer:
                 def step(done: int, total: int) -> None:
@@ -161,20 +153,12 @@ class Engine:
                 transport = TcpTransport(
                     addresses, labels, lambda duck, done, total: note(f"duck {duck}", done, total)
                 )
-            flock = Flock(transport, plan)
+            flock = Flock(transport, plan, local.obituary if local else None)
+            stack.push_async_callback(flock.close)
             await flock.start()
-            yield cls(
-                prompts=prompts, model=model, device=device, flock=flock,
-                options=chosen, transport="loopback" if in_process else "tcp", local=local,
-            )  # fmt: skip
-        except DuckLost as lost:
-            raise await _with_obituary(lost, local) from lost
-        finally:
-            if flock:
-                await flock.close()
-            if local:
-                local.kill()
-            device.close()
+            drafts = chosen.draft != "off"
+            pipeline = Pipeline(model, device, flock, drafts=drafts)
+            yield cls(prompts, model, pipeline, plan, "loopback" if in_process else "tcp")
 
     # answers
 
@@ -199,18 +183,16 @@ class Engine:
         ids = self.prompts.encode(prompt, chat=chat)
         session = session or self.session()
         limit = self.prompts.limit(len(ids), sampling.max_tokens)
-        run = _Run(self, sampling, len(ids))
-        with _unwrapped():
-            try:
-                session.reserve(min(len(ids) + limit, len(ids) + 256))
-                await self._pipeline.prefill(session, session.rewind_to(ids), run.meter)
-                async for settled in self._pipeline.decode(session, sampling, limit, run.meter):
-                    piece = run.settle(settled.token, settled.logprobs, last=run.count + 1 == limit)
-                    yield piece
-                    if piece.finish_reason:
-                        return
-            except DuckLost as lost:
-                raise await _with_obituary(lost, self._local) from lost
+        session.reserve(len(ids) + min(limit, 256))
+        rest = session.rewind_to(ids)
+        run = _Run(self, sampling, len(ids), len(rest))
+        await self._pipeline.prefill(session, rest, run.meter)
+        async with aclosing(self._pipeline.decode(session, sampling, limit, run.meter)) as decode:
+            async for settled in decode:
+                piece = run.settle(settled.token, settled.logprobs, last=run.count + 1 == limit)
+                yield piece
+                if piece.finish_reason:
+                    return
 
     async def generate(
         self,
@@ -240,20 +222,20 @@ class Engine:
         if mtp and not self.config.mtp_layers:
             raise ConfigError("this model has no MTP layer to score")
         session = Session(self._model, len(ids))
-        try:
-            logits, guesses = await self._pipeline.score(session, ids, Meter(), mtp=mtp)
-        except DuckLost as lost:
-            raise await _with_obituary(lost, self._local) from lost
+        logits, guesses = await self._pipeline.score(session, ids, Meter(), mtp=mtp)
         return (logits, guesses) if mtp else logits
 
 
 class _Run:
     """The bookkeeping of one answer: text, reasons to finish, statistics."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, prompt_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, sampling: Sampling, prompt_tokens: int, prefilled: int
+    ) -> None:
         self.meter = Meter()
         self.count = 0
-        self._engine, self._sampling, self._prompt_tokens = engine, sampling, prompt_tokens
+        self._engine, self._sampling = engine, sampling
+        self._prompt_tokens, self._prefilled = prompt_tokens, prefilled
         self._text = TextStream(engine.tokenizer) if engine.tokenizer else None
         self._scanner = StopScanner(sampling.stop)
         if sampling.stop and self._text is None:
@@ -295,15 +277,15 @@ class _Run:
             "completion_tokens": self.count,
             "ttft_s": ttft,
             "tpot_s": decode / settled if settled else 0.0,
-            "prefill_tok_s": self._prompt_tokens / ttft if ttft else 0.0,
+            "prefill_tok_s": self._prefilled / ttft if ttft else 0.0,
             "decode_tok_s": settled / decode if settled else 0.0,
             "steps": meter.steps,
             "drafts_proposed": len(meter.drafts),
             "drafts_accepted": meter.accepted,
             "draft_tokens": [list(pair) for pair in meter.drafts],
             "schedule": "serial",
-            "transport": self._engine._transport,
-            "ducks": self._engine._flock.plan.ducks,
+            "transport": self._engine.transport,
+            "ducks": self._engine.plan.ducks,
             "device_busy": device / decode if settled else 0.0,
             "ducks_busy": sum(busy) / len(busy) / decode if settled and busy else 0.0,
             "overlap_efficiency": overlap_efficiency([device, duck_s, ask_s - duck_s], decode),
@@ -343,30 +325,6 @@ async def _load(work: Callable[[Callable[[], None]], Loaded]) -> Loaded:
     except asyncio.CancelledError:
         cancelled = True
         raise
-
-
-@contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Show callers the first DuckError of a group, not the group."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        found, _ = group.split(DuckError)
-        error: BaseException | None = found
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        if error is None:
-            raise
-        raise error from None
-
-
-async def _with_obituary(lost: DuckLost, local: LocalDucks | None) -> DuckLost:
-    """The same loss, with how the duck's process ended if we started it."""
-    if local is None or lost.reason.startswith(("no sign", "no answer")):
-        return lost
-    told = await local.obituary(lost.index)
-    reason = f"{lost.reason}; {told}" if told else lost.reason
-    return DuckLost(lost.duck, lost.layer, lost.waited_ms, reason, index=lost.index)
 
 
 def logits_to_logprobs(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import numpy as np
 
 from duck import wire
+from duck.errors import DuckLost
 from duck.placement import Plan
 from duck.transports.base import Ask, Transport
 
@@ -20,11 +22,10 @@ ASK_ROW_S = 0.5
 class FlockAsk:
     """An ask on its way; `sum` waits for it."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
-        self.ducks_us: tuple[
-            tuple[int, int], ...
-        ] = ()  # (queue, compute) of each duck, after `sum`
+    def __init__(self, ask: Ask, flock: Flock) -> None:
+        self._ask, self._flock = ask, flock
+        # (queue, compute) of each duck, known after `sum`
+        self.ducks_us: tuple[tuple[int, int], ...] = ()
 
     async def sum(self) -> np.ndarray:
         """(T, hidden) float32: the partial sums added in duck order, whatever order they came in.
@@ -35,6 +36,8 @@ class FlockAsk:
         ask = self._ask
         try:
             rows = await ask
+        except DuckLost as lost:
+            raise await self._flock.explained(lost) from None
         except BaseException:
             ask.cancel()  # frees the rows when it was us who stopped waiting
             raise
@@ -53,19 +56,43 @@ class FlockAsk:
         """From sending to the last answer."""
         return self._ask.waited_ms / 1e3
 
-    def cancel(self) -> None:
-        self._ask.cancel()
-
 
 class Flock:
-    """All ducks behind one transport, agreed on one plan."""
+    """All ducks behind one transport, agreed on one plan.
 
-    def __init__(self, transport: Transport, plan: Plan) -> None:
-        self._transport = transport
+    Args:
+        transport: not started.
+        plan: who holds what.
+        obituary: tells how a duck's process ended, "" if it did not; for ducks that we started.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        plan: Plan,
+        obituary: Callable[[int], Awaitable[str]] | None = None,
+    ) -> None:
+        self._transport, self._obituary = transport, obituary
         self.plan = plan
 
     async def start(self) -> None:
-        await self._transport.start(self.plan)
+        """Gather the ducks: each holds its slice when this returns.
+
+        Raises:
+            DuckLost, TransportError, WireError: one cannot be reached, is lost or refuses.
+        """
+        try:
+            await self._transport.start(self.plan)
+        except DuckLost as lost:
+            raise await self.explained(lost) from None
+
+    async def explained(self, lost: DuckLost) -> DuckLost:
+        """The same loss, with how the duck's process ended if we know."""
+        told = await self._obituary(lost.index) if self._obituary else ""
+        if not told:
+            return lost
+        reason = f"{lost.reason}; {told}"
+        return DuckLost(lost.duck, lost.layer, lost.waited_ms, reason, index=lost.index)
 
     async def ask(
         self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
@@ -76,7 +103,11 @@ class Flock:
         """
         rows = await self._transport.acquire(len(x))
         deadline = asyncio.get_running_loop().time() + ASK_S + ASK_ROW_S * len(x)
-        return FlockAsk(self._transport.ask(layer, x, ids, weights, rows, deadline=deadline))
+        try:
+            ask = self._transport.ask(layer, x, ids, weights, rows, deadline=deadline)
+        except DuckLost as lost:
+            raise await self.explained(lost) from None
+        return FlockAsk(ask, self)
 
     async def close(self) -> None:
         await self._transport.close()

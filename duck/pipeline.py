@@ -9,7 +9,7 @@ other schedule must give the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -187,7 +187,7 @@ class Pipeline:
 
     async def decode(
         self, session: Session, sampling: Sampling, limit: int, meter: Meter
-    ) -> AsyncIterator[Settled]:
+    ) -> AsyncGenerator[Settled, None]:
         """Yield up to `limit` tokens after the session's; stop whenever the caller does.
 
         Every step runs the last settled token and, with drafts, the guess for the one after it.

@@ -116,9 +116,11 @@ async def _generate(
             write_json(answer)
             return
         piece = Piece("", [])
-        async for piece in engine.stream(prompt, sampling, chat=chat):
-            _write(piece.text if engine.tokenizer else f"{piece.token_ids[0]} ")
-        _write("\n")
+        try:
+            async for piece in engine.stream(prompt, sampling, chat=chat):
+                _write(piece.text if engine.tokenizer else f"{piece.token_ids[0]} ")
+        finally:
+            _write("\n")  # whatever follows, an error too, begins on a line of its own
         _console.print(stats_table(piece.stats, piece.finish_reason or ""))
 
 
