@@ -91,8 +91,11 @@ def _render(
     if v32:  # before the disguise: JSON's escapes can spell a control token, too
         checked = [_parse_arguments(message) for message in checked]
 
-    disguise = _Disguise(tokenizer, [checked, checked_tools])
-    checked, checked_tools = disguise.put_on(checked), disguise.put_on(checked_tools)
+    try:
+        disguise = _Disguise(tokenizer, [checked, checked_tools])
+        checked, checked_tools = disguise.put_on(checked), disguise.put_on(checked_tools)
+    except RecursionError as error:
+        raise ConfigError("messages or tools are nested too deeply") from error
     if template is not None:
         text = _from_template(template, checked, tokenizer, thinking, checked_tools, disguise)
     elif v32:
@@ -235,7 +238,7 @@ class _Marks:
         self.longest = max(map(len, tokens), default=0)
         self.heads = {token[:size] for token in tokens for size in range(1, len(token))}
         self.tails = {token[size:] for token in tokens for size in range(1, len(token))}
-        self.insides = "\n".join(token[1:] for token in ordered)
+        self.insides = "\0".join(token[1:] for token in ordered)
 
 
 # Hundreds of tokens take milliseconds to prepare, which a server would spend on every request.
@@ -243,7 +246,11 @@ _marks = functools.lru_cache(maxsize=4)(_Marks)
 
 
 class _Disguise:
-    """Swaps characters of control tokens in messages for private stand-ins, and back."""
+    """Swaps characters of control tokens in messages for private stand-ins, and back.
+
+    Safe with templates that place, cut or strip texts; one that rewrote their letters could undo
+    it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, inputs: Any) -> None:
         self._marks = _marks(frozenset(tokenizer.control_tokens))

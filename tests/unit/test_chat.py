@@ -256,6 +256,13 @@ def test_v32_developer_and_response_format() -> None:
 # --- what cannot be said ---
 
 
+def deep(levels: int) -> list[Any]:
+    nested: list[Any] = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
@@ -279,6 +286,7 @@ def test_v32_developer_and_response_format() -> None:
         ([assistant(None, tool_calls=[call("f", "{}") | {"type": "x"}])], "malformed tool call"),
         ([assistant(None, tool_calls="f")], "malformed tool call"),
         ([user("x") | {"name": object()}], "must be JSON"),
+        ([user("x") | {"name": deep(100_000)}], "nested too deeply"),
         ([user("x"), assistant("y")], "the last one must be from: user"),
         ([system("x")], "the last one must be from: user"),
     ],
@@ -511,6 +519,11 @@ def test_templates_see_the_words_of_the_form_though_tokens_hold_them() -> None:
     made = tokenizer(["<function>", "<arguments>", "<user>", "<assistant>", "<type>"], template)
     messages = [user("u"), assistant(None, tool_calls=[call("f", "{}")])]
     assert render(messages, made, "any") == "f({})"
+
+
+def test_templates_can_strip_what_was_said() -> None:
+    assert one("{{ messages[0].content.strip() }}|", [user(" \n<think> \n")]) == "<think>|"
+    assert one("{{ messages[0].content.strip() }}|", [user("\n")]) == "|"
 
 
 def test_messages_are_left_alone() -> None:
