@@ -1,5 +1,7 @@
-"""The answers of one ask: which ducks have answered, which are missing. Pure: no socket, no
-clock."""
+"""The answers of one ask: which ducks have answered, which are missing.
+
+Pure: no socket, no clock.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +45,10 @@ class Gather:
     def complete(self) -> bool:
         """Every duck's answer is whole."""
         return not self._missing
+
+    def seen(self, duck: int, fragment: int) -> bool:
+        """This fragment of this duck's answer has been noted."""
+        return bool(self._seen[duck] >> fragment & 1)
 
     def has(self, duck: int) -> bool:
         """This duck's answer is whole."""

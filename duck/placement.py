@@ -1,5 +1,4 @@
-"""Who holds what: pure functions from a model's sizes and a flock's size to slices and the shared
-plan.
+"""Who holds what: pure functions from the sizes of a model and a flock to slices and the plan.
 
 A slice is a contiguous range of columns of every expert's intermediate dimension. Because
 silu(gate x) * up x works column by column, the partial down-projections of all slices add up to the
@@ -9,6 +8,7 @@ whole expert's output (design: every duck works on every token, nothing to balan
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,7 @@ def equal_slices(columns: int, ducks: int) -> tuple[range, ...]:
     """Equal contiguous column ranges, one per duck, in duck order.
 
     Multiples of 64 columns while there are 64 for every duck (the resident tile, and what keeps a
-    slice
-    inside a 128-wide scale block); else as even as possible.
+    slice inside a 128-wide scale block); else as even as possible.
 
     Raises:
         ConfigError: no duck at all, or more ducks than columns.
@@ -104,34 +103,24 @@ class Plan:
         layers = wire.field(message, "layers", list)
         if not 1 <= len(layers) <= 1 << 12 or not _increasing(layers, 1 << 14):
             raise WireError("plan: layers must be increasing layer numbers")
-        edges = wire.field(message, "slices", list)
-        slices = []
-        start = 0
-        for edge in edges:
-            if (
-                not isinstance(edge, list)
-                or len(edge) != 2
-                or not all(type(v) is int for v in edge)
-                or edge[0] != start
-                or not start < edge[1] <= number["columns"]
-            ):
-                raise WireError("plan: slices must cover the columns once, in order")
-            slices.append(range(edge[0], edge[1]))
-            start = edge[1]
-        if start != number["columns"] or len(slices) > wire.HOST - 1:
-            raise WireError("plan: slices must cover the columns once, in order")
+        slices = _covering(wire.field(message, "slices", list), number["columns"])
         dtypes = [wire.field(message, name, str) for name in ("ask_dtype", "answer_dtype")]
         if any(dtype not in wire.WIRE_BYTES for dtype in dtypes):
-            raise WireError(f"plan: wire dtypes {dtypes}, known are {sorted(wire.WIRE_BYTES)}")
+            found = ", ".join(dtype[:20] for dtype in dtypes)
+            raise WireError(f"plan: wire dtypes {found}; known are {', '.join(wire.WIRE_BYTES)}")
+        shape = wire.Shape(
+            number["hidden"], number["top_k"], dtypes[0], dtypes[1], number["max_rows"]
+        )
+        largest = max(shape.ask_bytes(shape.max_rows), shape.answer_bytes(shape.max_rows))
+        if largest > wire.MESSAGE_LIMIT:
+            raise WireError(f"plan: messages of {largest} bytes, at most {wire.MESSAGE_LIMIT}")
         return cls(
             model=wire.field(message, "model", str),
             layers=tuple(layers),
             experts=number["experts"],
             columns=number["columns"],
-            slices=tuple(slices),
-            shape=wire.Shape(
-                number["hidden"], number["top_k"], dtypes[0], dtypes[1], number["max_rows"]
-            ),
+            slices=slices,
+            shape=shape,
         )
 
 
@@ -142,7 +131,29 @@ def _bounded(message: Mapping[str, Any], name: str, limit: int) -> int:
     return value
 
 
+def _covering(edges: Sequence[Any], columns: int) -> tuple[range, ...]:
+    error = WireError("plan: slices must cover the columns once, in order")
+    if len(edges) > wire.HOST - 1:
+        raise error
+    slices: list[range] = []
+    start = 0
+    for edge in edges:
+        if (
+            not isinstance(edge, list)
+            or len(edge) != 2
+            or not all(type(v) is int for v in edge)
+            or edge[0] != start
+            or not start < edge[1] <= columns
+        ):
+            raise error
+        slices.append(range(edge[0], edge[1]))
+        start = edge[1]
+    if start != columns:
+        raise error
+    return tuple(slices)
+
+
 def _increasing(numbers: Sequence[Any], limit: int) -> bool:
     if not all(type(n) is int and 0 <= n < limit for n in numbers):
         return False
-    return all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+    return all(a < b for a, b in itertools.pairwise(numbers))

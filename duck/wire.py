@@ -1,8 +1,7 @@
 """Bytes and their meaning: the 32-byte data header, ask and answer bodies, control messages.
 
-Nothing here touches a socket, a clock or asyncio. Every decoder takes any bytes and returns a
-value or
-raises `WireError`; no size found in a message is trusted before it is checked against the plan.
+Nothing here touches a socket, a clock or asyncio. Every decoder takes any bytes and returns a value
+or raises `WireError`; no size found in a message is trusted before it is checked against the plan.
 
 Data plane, little-endian, one header before every frame:
 
@@ -41,6 +40,8 @@ STAMP_BYTES = STAMPS.size
 CONTROL_LIMIT = 1 << 20
 # A frame of a long answer carries at most this much, so that one check covers a bounded stretch.
 FRAME_LIMIT = 1 << 20
+# No plan may make an ask or an answer larger: one is 7 MB for 256 rows of 7,168 float32.
+MESSAGE_LIMIT = 1 << 26
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -177,6 +178,12 @@ class AskBody(NamedTuple):
     x: np.ndarray  # (rows, hidden) float32, or uint16 holding bfloat16
 
 
+def pack_stamps(queue_s: float, compute_s: float) -> bytes:
+    """The stamps before an answer: how long its ask waited, and how long it took to compute."""
+    queue_us, compute_us = (max(0, min(int(s * 1e6), 0xFFFFFFFF)) for s in (queue_s, compute_s))
+    return STAMPS.pack(queue_us, compute_us)
+
+
 def wire_array(dtype: str) -> np.dtype[Any]:
     """The numpy dtype that holds a wire dtype: bfloat16 travels as its 16 bits."""
     return np.dtype("<f4" if dtype == "float32" else "<u2")
@@ -296,6 +303,11 @@ def _decode_control(body: bytes) -> dict[str, Any]:
     return message
 
 
+def plain(text: str, limit: int = 1000) -> str:
+    """A peer's text as one line that does nothing to a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:limit])
+
+
 def field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
     """A field of a control message, of the type it must have.
 
@@ -306,5 +318,6 @@ def field(message: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) 
     kinds = kind if isinstance(kind, tuple) else (kind,)
     # bool is an int in Python; a peer that sends one where a number belongs is wrong.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise WireError(f"{message.get('t')}: field {name!r} is {type(value).__name__}")
+        what = str(message.get("t", "plan"))[:40]
+        raise WireError(f"{what}: field {name!r} is {type(value).__name__}")
     return value
