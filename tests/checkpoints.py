@@ -77,7 +77,7 @@ def make_checkpoint(
     scale_name: str = "weight_scale_inv",
     shards: int = 0,
     mtp_copies: bool = False,
-    bias_std: float = 0.1,
+    bias: tuple[float, float] = (0.0, 0.1),
     tokenizer: bool = True,
     **config: Any,
 ) -> Path:
@@ -88,7 +88,8 @@ def make_checkpoint(
     scale_name: "weight_scale_inv" as DeepSeek publishes, or "scale".
     shards: 0 writes one model.safetensors; n writes n files and an index, no scale by its weight.
     mtp_copies: also write the MTP layer's copies of embedding and head.
-    bias_std: of e_score_correction_bias; at 1.0 many biased scores are negative.
+    bias: mean and standard deviation of e_score_correction_bias; a mean of -1 makes the biased
+        scores negative.
     config: keys of config.json that differ from CONFIG.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,15 +105,17 @@ def make_checkpoint(
 
     rng = np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
-    for name, size, std, kind in _parameters(shape, bias_std):
+    for name, size, std, kind in _parameters(shape, bias):
         values = rng.standard_normal(size, dtype=np.float32) * np.float32(std)
         if kind == "norm":
             values = 1 + values
+        if kind == "bias":
+            values += np.float32(bias[0])
         if kind == "linear" and weights == "fp8":
             scale, codes = _quantise(values, block, scale_dtype)
             tensors[name] = ("F8_E4M3", codes)
             tensors[f"{name.removesuffix('.weight')}.{scale_name}"] = scale
-        elif kind == "f32" or weights == "f32":
+        elif kind in ("f32", "bias") or weights == "f32":
             tensors[name] = ("F32", values)
         else:
             tensors[name] = ("BF16", to_bf16(values))
@@ -169,16 +172,16 @@ def _quantise(
 
 
 def _parameters(
-    shape: Mapping[str, Any], bias_std: float
+    shape: Mapping[str, Any], bias: tuple[float, float]
 ) -> Iterator[tuple[str, tuple[int, ...], float, str]]:
-    """(name, shape, standard deviation, kind); kind: "linear" (fp8), "bf16", "norm" or "f32"."""
+    """(name, shape, standard deviation, kind): "linear" (fp8), "bf16", "norm", "f32" or "bias"."""
     hidden, vocab = shape["hidden_size"], shape["vocab_size"]
     layers, mtp = shape["num_hidden_layers"], shape["num_nextn_predict_layers"]
     head = 2 * hidden**-0.5  # for logits with a standard deviation of 2
     tied = shape["tie_word_embeddings"]
     yield "model.embed_tokens.weight", (vocab, hidden), head if tied else 1.0, "bf16"
     for layer in range(layers + mtp):
-        yield from _layer(shape, layer, bias_std)
+        yield from _layer(shape, layer, bias)
     yield "model.norm.weight", (hidden,), 0.1, "norm"
     if not tied:
         yield "lm_head.weight", (vocab, hidden), head, "bf16"
@@ -190,7 +193,7 @@ def _parameters(
 
 
 def _layer(
-    shape: Mapping[str, Any], layer: int, bias_std: float
+    shape: Mapping[str, Any], layer: int, bias: tuple[float, float]
 ) -> Iterator[tuple[str, tuple[int, ...], float, str]]:
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     nope, rotary, value = (shape[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
@@ -231,7 +234,7 @@ def _layer(
     experts, width = shape["n_routed_experts"], shape["moe_intermediate_size"]
     yield f"{name}.mlp.gate.weight", (experts, hidden), 1.5 * hidden**-0.5, "bf16"
     if shape["topk_method"] == "noaux_tc":
-        yield f"{name}.mlp.gate.e_score_correction_bias", (experts,), bias_std, "f32"
+        yield f"{name}.mlp.gate.e_score_correction_bias", (experts,), bias[1], "bias"
     for expert in range(experts):
         yield from mlp(f"mlp.experts.{expert}", width)
     if shape["n_shared_experts"]:

@@ -49,7 +49,7 @@ def decode(codes: Codes) -> Floats:
 
 def has_nan(codes: Codes) -> bool:
     """Whether any code is one of the two NaN codes."""
-    return bool(((codes & 0x7F) == 0x7F).any())
+    return codes.size > 0 and bool((codes & 0x7F).max() == 0x7F)
 
 
 def encode(values: npt.NDArray[np.floating]) -> Codes:

@@ -8,7 +8,6 @@ duck reads this file too.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,12 +272,10 @@ class _Keys:
         value = self.raw.get(name)
         if value is None:
             return None
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not math.isfinite(value)
-        ):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(name, f"{value!r}, want a number")
+        if not -1e300 < value < 1e300:  # also not NaN
+            raise self.error(name, "not a finite number")
         return float(value)
 
     def boolean(self, name: str, *, default: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 from duck.kernels.reference.device import rms_norm, swiglu_f32
 from duck.model.weights import Checkpoint
 
+_PART = 1 << 24
+"""Numbers converted at once (64 MiB of float32): the largest tensors are 60 times as big."""
+
 
 class Loader:
     """Brings tensors to the device in the dtype wanted, fp8 dequantised.
 
-    progress: called after every tensor with the bytes it took.
+    progress: called with the bytes of every part read.
     """
 
     def __init__(
@@ -37,10 +41,15 @@ class Loader:
         return self._tensor(name, torch.float32)
 
     def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        before = self._checkpoint.bytes_read
-        tensor = torch.from_numpy(self._checkpoint.f32(name)).to(self.device, dtype)
-        if self._progress is not None:
-            self._progress(self._checkpoint.bytes_read - before)
+        shape = self._checkpoint.info(name).shape
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        step = max(1, _PART // math.prod(shape[1:]))
+        for start in range(0, shape[0], step):
+            before = self._checkpoint.bytes_read
+            part = self._checkpoint.f32(name, slice(start, start + step))
+            tensor[start : start + step] = torch.from_numpy(part)
+            if self._progress is not None:
+                self._progress(self._checkpoint.bytes_read - before)
         return tensor
 
 

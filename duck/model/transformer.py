@@ -110,7 +110,7 @@ class Transformer:
     ) -> Transformer:
         """Everything but the routed experts, after `checkpoint.check`.
 
-        progress: called with (bytes read so far, bytes in all) after each tensor.
+        progress: called with (bytes read so far, bytes in all), scales left out.
 
         Raises:
             WeightsError: a tensor is missing, misshaped or not numbers.

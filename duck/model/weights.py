@@ -107,7 +107,7 @@ class Checkpoint:
         self.folder = folder
         self.tensors = tensors
         self.block = block
-        self.bytes_read = 0  # of tensor data asked for so far; for progress
+        self.bytes_read = 0  # of tensors so far, scales left out; for progress
         self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
 
     @classmethod
@@ -172,13 +172,8 @@ class Checkpoint:
         Stored as `<name>_scale_inv` (it multiplies, whatever its name says) or `.scale`, in fp32,
         bf16, fp16 or as powers of two (e8m0 or its codes as uint8).
         """
-        info = self.info(name)
-        scale = self.tensors.get(_scale_name(name, self.tensors))
-        if scale is None:
-            raise WeightsError(f"{info} is fp8 but has no scale {name}_scale_inv")
-        _check_scale(info, scale, self.block)
+        scale = self._scale_info(self.info(name))
         stored = self._view(scale)
-        self.bytes_read += stored.nbytes
         if scale.dtype in ("U8", "F8_E8M0"):
             return _finite(fp8.decode_e8m0(stored), scale)
         return _finite(_widen(stored, scale), scale)
@@ -190,12 +185,12 @@ class Checkpoint:
         return view[start : start + count].tobytes()
 
     def nbytes_without_experts(self, config: ModelConfig) -> int:
-        """Bytes of all tensors a model loads, scales included, but for the routed experts."""
-        names: set[str] = set()
-        for want in _expected(config):
-            if ".mlp.experts." not in want.name:
-                names |= {want.name, _scale_name(want.name, self.tensors)}
-        return sum(self.tensors[name].nbytes for name in names if name in self.tensors)
+        """Bytes of all tensors a model loads but for the routed experts; scales left out."""
+        return sum(
+            self.info(want.name).nbytes
+            for want in _expected(config)
+            if ".mlp.experts." not in want.name
+        )
 
     def expert(self, layer: int, expert: int, columns: range) -> ExpertWeights:
         """A slice of one routed expert; the arrays are copies, and hold no NaN code.
@@ -227,17 +222,19 @@ class Checkpoint:
         """
         known: set[str] = set()
         for want in _expected(config):
-            self._check_one(want, config)
-            known |= {want.name, _scale_name(want.name, self.tensors)}
+            info = self._check_one(want, config)
+            known.add(info.name)
+            if info.dtype == "F8_E4M3":
+                known.add(self._scale_info(info).name)
         ignored = _ignored(config, self.tensors)
         for name, info in self.tensors.items():
-            if name not in known and not ignored(name):
+            if name not in known and not ignored.fullmatch(name):
                 raise WeightsError(
                     f"unknown tensor {info} ({info.dtype} {list(info.shape)}): "
                     f"config.json calls for no tensor of that name"
                 )
 
-    def _check_one(self, want: _Expected, config: ModelConfig) -> None:
+    def _check_one(self, want: _Expected, config: ModelConfig) -> TensorInfo:
         info = self.tensors.get(want.name)
         shape = list(want.shape)
         if info is None:
@@ -250,11 +247,30 @@ class Checkpoint:
         allowed = (*_PLAIN, "F8_E4M3") if want.quantisable else _PLAIN
         if info.dtype not in allowed:
             raise WeightsError(f"{info} has dtype {info.dtype}, expected {' or '.join(allowed)}")
-        if info.dtype == "F8_E4M3":
-            scale = self.tensors.get(_scale_name(want.name, self.tensors))
-            if scale is None:
-                raise WeightsError(f"{info} is fp8 but has no scale {want.name}_scale_inv")
-            _check_scale(info, scale, self.block)
+        return info
+
+    def _scale_info(self, info: TensorInfo) -> TensorInfo:
+        """The scale of an fp8 matrix, its shape and dtype checked."""
+        scale = self.tensors.get(_scale_name(info.name, self.tensors))
+        if scale is None:
+            raise WeightsError(f"{info} is fp8 but has no scale {info.name}_scale_inv")
+        if self.block is None:
+            raise WeightsError(
+                f"{info} is fp8, but config.json has no quantization_config.weight_block_size"
+            )
+        if len(info.shape) != 2:
+            raise WeightsError(f"{info} is fp8 with shape {list(info.shape)}, expected a matrix")
+        expected = tuple(
+            -(-size // edge) for size, edge in zip(info.shape, self.block, strict=True)
+        )
+        if scale.shape != expected:
+            raise WeightsError(
+                f"{scale} has shape {list(scale.shape)}, expected {list(expected)}: one scale per "
+                f"{self.block[0]}x{self.block[1]} block of {list(info.shape)}"
+            )
+        if scale.dtype not in _SCALES:
+            raise WeightsError(f"{scale} has dtype {scale.dtype}, expected {' or '.join(_SCALES)}")
+        return scale
 
     def _slice(self, name: str, part: slice, *, axis: int) -> tuple[Array, Floats | None]:
         """Rows (axis 0) or columns (axis 1) of a matrix, with scales spread along them."""
@@ -392,58 +408,30 @@ def _expected_layer(config: ModelConfig, layer: int) -> Iterator[_Expected]:
         yield from mlp("mlp.shared_experts", width)
 
 
-class _Ignored:
-    """Which tensors beyond the expected ones are known and not needed."""
-
-    def __init__(self, config: ModelConfig, names: Mapping[str, TensorInfo]) -> None:
-        self._config = config
-        patterns = [r".*\.rotary_emb\.inv_freq"]  # computed; older files store it
-        if config.index_topk is not None:
-            # The indexer picks keys beyond index_topk; within it, attention is dense.
-            patterns.append(r"model\.layers\.\d+\.self_attn\.indexer\..*")
-        if config.tie_word_embeddings:
-            patterns.append(r"lm_head\.weight")
-        layer = config.num_hidden_layers
+def _ignored(config: ModelConfig, names: Mapping[str, TensorInfo]) -> re.Pattern[str]:
+    """Names beyond the expected ones that are known and not needed."""
+    layer = config.num_hidden_layers
+    patterns = [
+        r".*\.rotary_emb\.inv_freq",  # computed; older files store it
         # Copies of the main model's embedding and head, 3.5 GB in the official files.
-        patterns.append(rf"model\.layers\.{layer}\.(embed_tokens|shared_head\.head)\.weight")
-        # MTP modules that the config leaves unused: known by their eh_proj.
-        unused = [
-            found.group(1)
-            for name in names
-            if (found := re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name))
-            and int(found.group(1)) >= layer + config.mtp_layers
-        ]
-        patterns += [rf"model\.layers\.{index}\..*" for index in unused]
-        self._pattern = re.compile("|".join(patterns))
-
-    def __call__(self, name: str) -> bool:
-        return self._pattern.fullmatch(name) is not None
-
-
-_ignored = _Ignored
+        rf"model\.layers\.{layer}\.(embed_tokens|shared_head\.head)\.weight",
+    ]
+    if config.index_topk is not None:
+        # The indexer picks keys beyond index_topk; within it, attention is dense.
+        patterns.append(r"model\.layers\.\d+\.self_attn\.indexer\..*")
+    if config.tie_word_embeddings:
+        patterns.append(r"lm_head\.weight")
+    for name in names:  # MTP modules that the config leaves unused: known by their eh_proj
+        found = re.fullmatch(r"(model\.layers\.(\d+)\.)eh_proj\.weight", name)
+        if found and int(found[2]) >= layer + config.mtp_layers:
+            patterns.append(re.escape(found[1]) + ".*")
+    return re.compile("|".join(patterns))
 
 
 def _scale_name(weight: str, tensors: Mapping[str, TensorInfo]) -> str:
     """`<weight>_scale_inv`, or `.scale` where that is the spelling present."""
     official, other = f"{weight}_scale_inv", f"{weight.removesuffix('.weight')}.scale"
     return other if other in tensors and official not in tensors else official
-
-
-def _check_scale(info: TensorInfo, scale: TensorInfo, block: tuple[int, int] | None) -> None:
-    if block is None:
-        raise WeightsError(
-            f"{info} is fp8, but config.json has no quantization_config.weight_block_size"
-        )
-    if len(info.shape) != 2:
-        raise WeightsError(f"{info} is fp8 with shape {list(info.shape)}, expected a matrix")
-    expected = tuple(-(-size // edge) for size, edge in zip(info.shape, block, strict=True))
-    if scale.shape != expected:
-        raise WeightsError(
-            f"{scale} has shape {list(scale.shape)}, expected {list(expected)}: one scale per "
-            f"{block[0]}x{block[1]} block of {list(info.shape)}"
-        )
-    if scale.dtype not in _SCALES:
-        raise WeightsError(f"{scale} has dtype {scale.dtype}, expected {' or '.join(_SCALES)}")
 
 
 def bf16_to_f32(stored: npt.NDArray[np.uint16]) -> Floats:

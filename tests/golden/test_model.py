@@ -34,7 +34,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "two_shared": {"n_shared_experts": 2},
     "no_dense_layer": {"first_k_dense_replace": 0},
     "only_dense_layers": {"first_k_dense_replace": 3},
-    "negative_scores": {"bias_std": 1.0},
+    "negative_scores": {"bias": (-1.0, 0.2)},
     "weights_not_normalised": {"norm_topk_prob": False, "routed_scaling_factor": 1.5},
     "no_yarn": {"rope_scaling": None},
     "yarn_nested": {
@@ -65,6 +65,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "aligned": {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 256},
     "sharded": {"shards": 3},
     "mtp_copies": {"mtp_copies": True},
+    "two_mtp_modules": {"num_nextn_predict_layers": 2},  # the first is used
     "no_mtp": {"num_nextn_predict_layers": 0},
     "bf16": {"weights": "bf16"},
     "f32": {"weights": "f32"},

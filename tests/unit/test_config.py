@@ -129,6 +129,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"first_k_dense_replace": -1}, "first_k_dense_replace: -1"),
     "zero": ({"num_hidden_layers": 0}, "num_hidden_layers: 0"),
     "not a number": ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small', want a number"),
+    "infinite": ({"rope_theta": float("inf")}, "rope_theta: not a finite number"),
+    "too large": ({"rope_theta": 10**400}, "rope_theta: not a finite number"),
     "not positive": ({"routed_scaling_factor": 0}, "routed_scaling_factor: 0.0, want a positive"),
     "not boolean": ({"norm_topk_prob": 1}, "norm_topk_prob: 1, want true or false"),
     "too many dense": ({"first_k_dense_replace": 4}, "4 is more than num_hidden_layers 3"),
