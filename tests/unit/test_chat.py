@@ -124,6 +124,12 @@ def test_system_messages_are_joined_and_content_parts_too() -> None:
     assert render(messages, PLAIN, "deepseek_v3") == f"{BOS}x\n\ny{USER}ab{ASSISTANT}"
 
 
+def test_turns_of_one_side_in_a_row() -> None:
+    messages = [user("a"), user("b"), assistant("c"), assistant("d"), user("e")]
+    wanted = f"{BOS}{USER}a{USER}b{ASSISTANT}{END_THINK}c{EOS}d{EOS}{USER}e{ASSISTANT}{END_THINK}"
+    assert render(messages, V31, "deepseek_v3") == wanted
+
+
 @pytest.mark.parametrize("made", [PLAIN, V31, V32], ids=["v3", "v3.1", "v3.2"])
 def test_bos_comes_once(made: Tokenizer) -> None:
     model_type = "deepseek_v32" if made is V32 else "deepseek_v3"
@@ -530,6 +536,13 @@ def test_templates_see_the_words_of_the_form_though_tokens_hold_them() -> None:
     assert render(messages, made, "any") == "f({})"
 
 
+@pytest.mark.parametrize("calls", [None, [], ()])
+def test_no_tool_calls_is_no_key(calls: Any) -> None:
+    template = "{{ messages[0].tool_calls is defined }}"
+    assert one(template, [assistant("a", tool_calls=calls)]) == "False"
+    assert one(template, [assistant("a", tool_calls=[call("f", "{}")])]) == "True"
+
+
 def test_templates_can_strip_what_was_said() -> None:
     assert one("{{ messages[0].content.strip() }}|", [user(" \n<think> \n")]) == "<think>|"
     assert one("{{ messages[0].content.strip() }}|", [user("\n")]) == "|"
@@ -562,9 +575,8 @@ def test_a_prompt_ends_in_a_thought_or_not(
         ids = encode_chat(messages, made, model_type, thinking=thinking)
         assert in_thought(ids, made) is inside
     assert in_thought([], made) is False
-    assert (
-        in_thought([128798, 128803, 128804], made) is False
-    )  # a thought that an earlier turn left
+    left_open, closed = [128798, 128803, 128804], [128803, 128804, 128798, 128799, 200_100]
+    assert in_thought(left_open, made) is in_thought(closed, made) is False
 
 
 @pytest.mark.parametrize(
