@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,11 +94,10 @@ class Sampling:
 
     def _number(self, name: str, low: float, high: float, allowed: str) -> None:
         value: Any = getattr(self, name)
-        number = (
-            float(value)
-            if isinstance(value, SupportsFloat) and not isinstance(value, bool)
-            else math.nan
-        )
+        try:
+            number = math.nan if isinstance(value, bool | str) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
         if not (low <= number <= high and math.isfinite(number)):  # a NaN fails here too
             raise ConfigError(f"{name}={value!r}: allowed is {allowed}")
         object.__setattr__(self, name, number)

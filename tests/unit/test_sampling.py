@@ -53,7 +53,7 @@ def assert_follows(counts: np.ndarray, probabilities: np.ndarray) -> None:
     ("field", "value"),
     [
         *[("max_tokens", bad) for bad in (0, -1, 1.5, "8", True, None)],
-        *[("temperature", bad) for bad in (-0.1, math.nan, math.inf, "1", None, True)],
+        *[("temperature", bad) for bad in (-0.1, math.nan, math.inf, "1", None, True, 10**400, 1j)],
         *[("top_p", bad) for bad in (0, -0.1, 1.01, math.nan, "x")],
         *[("top_k", bad) for bad in (-1, 2.0, True)],
         *[("min_p", bad) for bad in (-0.01, 1.5, math.nan)],
