@@ -124,11 +124,18 @@ class Run:
         self._process.join(seconds)
         return self._process.exitcode
 
+    def close_input(self) -> None:
+        assert isinstance(self._process, subprocess.Popen)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
     def reap(self) -> None:
         """It was killed: take note of its end."""
         self.wait()
         if not isinstance(self._process, subprocess.Popen):
             self._process.close()
+        elif self._process.stdin:
+            self._process.stdin.close()
 
     def signal(self, number: signal.Signals) -> None:
         if self.alive():
@@ -152,13 +159,20 @@ def _files(out: Path) -> tuple[int, int]:
     return os.open(out / "stdout", flags), os.open(out / "stderr", flags)
 
 
-def start(processes: Marked, out: Path, *words: str | Path) -> Run:
+def start(
+    processes: Marked,
+    out: Path,
+    *words: str | Path,
+    stdin: int = subprocess.DEVNULL,
+    **environment: str,
+) -> Run:
     """`python -m duck ...` with a mark."""
     stdout, stderr = _files(out)
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "duck", *map(str, words)],
-            stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=processes.environment,
+            stdin=stdin, stdout=stdout, stderr=stderr,
+            env={**processes.environment, **environment},
         )  # fmt: skip
     finally:
         os.close(stdout)
