@@ -186,9 +186,10 @@ def _main(words: list[str], mark: str, out: Path) -> None:
         os.close(file)
     os.environ[MARK] = mark
     os.environ["OMP_NUM_THREADS"] = "1"
-    from duck import cli
+    from duck.__main__ import main
 
-    sys.exit(cli.main(words))
+    sys.argv = ["duck", *words]
+    sys.exit(main())
 
 
 def warm_up() -> None:

@@ -244,10 +244,6 @@ def test_ctrl_c_when_all_is_said(processes: Marked, folder: Path, tmp_path: Path
         processes.wait_until_none()
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="duck.__main__ and the console script must take SIGINT before they import duck.cli",
-)
 def test_ctrl_c_before_the_command_line_is_imported(
     processes: Marked, folder: Path, tmp_path: Path
 ) -> None:
