@@ -89,7 +89,7 @@ class TcpTransport:
         self._table.on_cancel = self._tell_cancelled
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._shake_hands(duck)) for duck in range(plan.ducks)]
+                tasks = [group.create_task(self._attach(duck)) for duck in range(plan.ducks)]
             if self._table.closed:
                 raise TransportClosed("closed while it started")
         except BaseExceptionGroup as group_error:
@@ -110,6 +110,14 @@ class TcpTransport:
         self._heard = [-1] * plan.ducks
         self._silent = [0] * plan.ducks
         self._table.on_tick = self._look_at_ducks
+
+    async def _attach(self, duck: int) -> tuple[Link, Link, int]:
+        label = self._labels[duck]
+        try:
+            return await self._shake_hands(duck)
+        except WireError as error:  # whatever is wrong, say with whom
+            text = str(error)
+            raise WireError(text if text.startswith(label) else f"{label}: {text}") from None
 
     async def _shake_hands(self, duck: int) -> tuple[Link, Link, int]:
         plan, label = self._plan, self._labels[duck]
@@ -170,8 +178,6 @@ class TcpTransport:
         while True:
             try:
                 message = await link.receive(CONNECT_S)
-            except WireError as error:
-                raise WireError(f"{label}: {error}") from None
             except (TimeoutError, TransportError) as error:
                 waited_ms = (time.perf_counter() - begun) * 1e3
                 reason = f"{error} before {kind}"
