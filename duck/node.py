@@ -121,6 +121,7 @@ def run_node(
     if parent is not None:
         _die_with(parent)
     source = SliceSource(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the runner then replaces
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(source, listen, parent is not None, as_json))
 
