@@ -19,6 +19,9 @@ def main() -> int:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # Python's word for closed
+            setattr(sys, name, open(os.devnull, mode))
     try:
         from duck import cli
 

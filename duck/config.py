@@ -40,7 +40,9 @@ def model_folder(path: str | Path) -> Path:
     try:
         (folder / "config.json").is_file()
     except OSError as error:
-        raise ConfigError(f"cannot read the model folder {folder}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot read the model folder {str(folder)[:200]}: {error.strerror}"
+        ) from error
     return folder
 
 
@@ -92,7 +94,9 @@ class Ducks:
         if text.startswith("local:"):
             count = text.removeprefix("local:")
             if not (_is_number(count) and 1 <= int(count) <= MAX_LOCAL_DUCKS):
-                raise ConfigError(f"--ducks {text}: want local:N with N of 1..{MAX_LOCAL_DUCKS}")
+                raise ConfigError(
+                    f"--ducks {text[:80]}: want local:N with N of 1..{MAX_LOCAL_DUCKS}"
+                )
             return cls(int(count))
         if text.endswith(".toml"):
             return cls._from_file(Path(text))
@@ -102,7 +106,7 @@ class Ducks:
                 split_address(address)
         except ConfigError as error:
             raise ConfigError(
-                f"--ducks {text}: want local:N, HOST:PORT,HOST:PORT or FILE.toml ({error})"
+                f"--ducks {text[:80]}: want local:N, HOST:PORT,HOST:PORT or FILE.toml ({error})"
             ) from None
         if len(set(addresses)) != len(addresses):
             raise ConfigError(f"--ducks {text}: an address appears twice")
@@ -177,7 +181,7 @@ def split_address(text: str) -> tuple[str, int]:
     """
     host, _, port = text.rpartition(":")
     if not host or not _is_number(port) or int(port) > 65535:
-        raise ConfigError(f"address {text!r}: want HOST:PORT with a port of 0..65535")
+        raise ConfigError(f"address {text[:80]!r}: want HOST:PORT with a port of 0..65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

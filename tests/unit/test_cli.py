@@ -58,7 +58,7 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "cannot reach duck 0"),
         (("score", "MODEL", "--prompt-ids", "1"), "at least two"),
         (("score", "MODEL", *IDS, "--logits-out", "no/dir/x"), "no such folder: no/dir"),
-        (("serve", "MODEL"), "duck serve is not built yet"),
+        (("serve", "MODEL"), "serve is not built yet"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
         (("node", "--listen", "127.0.0.1", "--model", "MODEL"), "want HOST:PORT"),
         (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
