@@ -61,7 +61,7 @@ def test_weighted_slices(columns: int, weights: list[float], sizes: list[int]) -
 
 @pytest.mark.parametrize("weight", [0, -1, math.inf, math.nan])
 def test_a_weight_that_is_none(weight: float) -> None:
-    with pytest.raises(ConfigError, match="weight .*above 0"):
+    with pytest.raises(ConfigError, match=r"weight .*above 0"):
         weighted_slices(192, [1, weight])
 
 
