@@ -218,7 +218,7 @@ class Engine:
             (T, vocab) float32; with `mtp` a pair, the second (T - 1, vocab): row j from hidden j,
             token j + 1.
         """
-        ids = self.prompts.encode(prompt)
+        ids = self.prompts.encode(prompt, answer=False)
         if mtp and not self.config.mtp_layers:
             raise ConfigError("this model has no MTP layer to score")
         session = Session(self._model, len(ids))

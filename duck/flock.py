@@ -13,8 +13,7 @@ from duck.placement import Plan
 from duck.transports.base import Ask, Transport
 
 # A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for
-# what
-# nothing else catches. Frozen and dead ducks are noticed by the transport within seconds.
+# what nothing else catches. Frozen and dead ducks are noticed by the transport within seconds.
 ASK_S = 30.0
 ASK_ROW_S = 0.5
 
@@ -42,10 +41,10 @@ class FlockAsk:
             ask.cancel()  # frees the rows when it was us who stopped waiting
             raise
         try:
-            partials = wire.to_float32(rows.partials(ask.count))
-            total: np.ndarray = partials[0].copy()
+            partials = rows.partials(ask.count)
+            total: np.ndarray = np.array(wire.to_float32(partials[0]))
             for partial in partials[1:]:
-                total += partial
+                total += wire.to_float32(partial)
             self.ducks_us = tuple(rows.stamps(duck) for duck in range(len(partials)))
         finally:
             ask.release()

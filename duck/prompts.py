@@ -33,8 +33,10 @@ class Prompts:
         has_text = (folder / "tokenizer.json").exists()
         self.tokenizer = Tokenizer.load(folder) if has_text else None
 
-    def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt, *, chat: bool = False, answer: bool = True) -> list[int]:
         """Token ids of a text (with BOS if the tokenizer says so), of messages, or as given.
+
+        answer: the context must have room for a token after them.
 
         Raises:
             ConfigError: empty, out of the vocabulary, longer than the context, or text without a
@@ -53,10 +55,9 @@ class Prompts:
             ids = [self._checked(id_) for id_ in prompt]
         if not ids:
             raise empty
-        if len(ids) >= self.config.max_context:
-            raise ConfigError(
-                f"the prompt has {len(ids)} tokens; {self.context()}, and an answer needs one"
-            )
+        if len(ids) + answer > self.config.max_context:
+            wants = ", and an answer needs one" if answer else ""
+            raise ConfigError(f"the prompt has {len(ids)} tokens; {self.context()}{wants}")
         return ids
 
     def limit(self, prompt_tokens: int, max_tokens: int) -> int:

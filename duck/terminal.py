@@ -171,7 +171,7 @@ async def _score(
     as_json: bool,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        ids = Prompts(model_folder(model)).encode(prompt)
+        ids = Prompts(model_folder(model)).encode(prompt, answer=False)
         if len(ids) < 2:
             raise ConfigError("one token has no likelihood: give at least two")
         with _loading() as progress:

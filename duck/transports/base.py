@@ -1,17 +1,18 @@
-"""The contract between the Flock and whatever carries its asks, in words and in the parts all
-share.
+"""The contract between the Flock and whatever carries its asks, in words and in shared parts.
 
 The promises of a Transport:
 
 - `start` returns when every duck has said WELCOME to the same plan, and raises otherwise.
 - `acquire` gives a free row set and waits while all are in use: that is the backpressure.
-- `ask` sends one layer's rows to every duck before it returns. Awaiting the Ask gives the row set with
-  every duck's partial sums in `partials(rows)[duck]`, each verified, after a single wake-up.
+- `ask` sends one layer's rows to every duck before it returns; the caller's arrays are its own
+  again. When it raises, the row set is free. Awaiting the Ask gives the row set with every duck's
+  partial sums in `partials(rows)[duck]`, each verified, after a single wake-up.
 - Asks may complete out of order. They are idempotent by (session, ticket).
-- `Ask.cancel` stops waiting and frees the row set at once; late answers are counted and dropped, and can
-  never land in rows that serve another ask. `Ask.release` gives the row set back after use.
-- A wait ends: with the rows, with `DuckLost` (deadline passed, connection gone, no sign of life), or with
-  `TransportClosed`. After a duck is lost every further ask raises the same `DuckLost` at once.
+- `Ask.cancel` stops waiting and frees the row set at once; late answers are counted and dropped,
+  and can never land in rows that serve another ask. `Ask.release` gives the row set back after use.
+- A wait ends: with the rows, with `DuckLost` (deadline passed, connection gone, no sign of life, or
+  the duck says that it cannot answer), or with `TransportClosed`. After a duck is lost every
+  further ask raises the same `DuckLost` at once.
 - `close` may be called twice and with asks in flight, which then raise `TransportClosed`.
 
 Transports import no torch, and know nothing of models: layers are numbers, rows are bytes.
@@ -25,9 +26,10 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+import structlog
 
 from duck import wire
-from duck.errors import DuckLost, TransportClosed, TransportError, WireError
+from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
 from duck.gather import Gather
 from duck.placement import Plan
 
@@ -36,14 +38,17 @@ SMALL_ROWS = 4
 SMALL_SETS = 8
 LARGE_SETS = 2
 _ALIGN = 64
+# How often a transport looks at its ducks and its deadlines.
+TICK_S = 0.25
+
+_log = structlog.get_logger(__name__)
 
 
 class Rows:
     """One landing place per duck, preallocated: stamps, then that duck's partial sums.
 
     Every row starts on a 64-byte boundary; the 16 bytes of stamps lie just before it, so that an
-    answer
-    message is received in one stretch.
+    answer message is received in one stretch.
     """
 
     def __init__(self, ducks: int, shape: wire.Shape, capacity: int) -> None:
@@ -77,21 +82,24 @@ class RowRing:
         small = min(SMALL_ROWS, plan.shape.max_rows)
         self._free_small = [Rows(plan.ducks, plan.shape, small) for _ in range(SMALL_SETS)]
         self._free_large: list[Rows] = []
-        # Large sets are made when the first long ask needs one: decode-only hosts never pay for
-        # them.
+        # Made when the first long ask needs one: decode-only hosts never pay for them.
         self._large_unmade = LARGE_SETS
         self._small_rows = small
         self._waiting: list[tuple[bool, asyncio.Future[Rows]]] = []
+        self._closed = False
 
     async def acquire(self, rows: int) -> Rows:
         """A free set for an ask of `rows` rows, marked as in use.
 
         Raises:
             TransportError: more rows than the plan allows.
+            TransportClosed: the ring is closed, or was while we waited.
         """
+        if self._closed:
+            raise TransportClosed("the transport is closed")
         if rows > self._plan.shape.max_rows:
             raise TransportError(
-                f"ask of {rows} rows, the plan allows {self._plan.shape.max_rows}: use shorter chunks"
+                f"ask of {rows} rows, the plan allows {self._plan.shape.max_rows}: send fewer"
             )
         large = rows > self._small_rows
         free = self._free_large if large else self._free_small
@@ -108,7 +116,7 @@ class RowRing:
             return await future
         except asyncio.CancelledError:
             # The set may have been handed over in the same turn that cancelled us: pass it on.
-            if future.done() and not future.cancelled():
+            if future.done() and not future.cancelled() and not future.exception():
                 self.release(future.result())
             raise
         finally:
@@ -125,6 +133,13 @@ class RowRing:
         rows.in_use = False
         (self._free_large if large else self._free_small).append(rows)
 
+    def close(self) -> None:
+        """End every wait for a set, now and later."""
+        self._closed = True
+        for _, future in self._waiting:
+            if not future.done():
+                future.set_exception(TransportClosed("closed while an ask waited for rows"))
+
     @property
     def free(self) -> int:
         """How many sets are free or not made yet."""
@@ -132,10 +147,13 @@ class RowRing:
 
 
 class Ask:
-    """One request to all ducks in flight; awaiting it gives the row set. Made by
-    `AskTable.open`."""
+    """One request to all ducks in flight; awaiting it gives the row set.
+
+    Made by `AskTable.open`.
+    """
 
     __slots__ = (
+        "_freed",
         "_future",
         "_table",
         "count",
@@ -161,6 +179,7 @@ class Ask:
         self.sent_at = time.perf_counter()
         self.done_at = 0.0
         self._future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
+        self._freed = False
 
     def __await__(self) -> Generator[Any, None, Rows]:
         return self._future.__await__()
@@ -171,12 +190,18 @@ class Ask:
         return ((self.done_at or time.perf_counter()) - self.sent_at) * 1e3
 
     def cancel(self) -> None:
-        """Stop waiting and free the rows; does nothing when the ask is over."""
+        """Stop waiting and free the rows, whatever became of the ask; once they are free: nothing.
+
+        So it is right for whoever was told to stop while it waited: the last answer may have come
+        in the same turn.
+        """
         self._table.cancel(self)
 
     def release(self) -> None:
-        """Give the rows back after use; once."""
-        self._table.ring.release(self.rows)
+        """Give the rows back after use."""
+        if not self._freed:
+            self._freed = True
+            self._table.ring.release(self.rows)
 
 
 class AskTable:
@@ -191,29 +216,36 @@ class AskTable:
         self.closed = False
         self.late_answers = 0
         self.on_cancel: Callable[[Ask], None] | None = None
+        self.on_tick: Callable[[], None] | None = None
         self._next = 1
+        self._loop = asyncio.get_running_loop()
+        self._due = self._loop.time() + TICK_S
+        self._timer = self._loop.call_at(self._due, self._tick)
 
-    def open(self, layer: int, count: int, rows: Rows, deadline: float) -> Ask:
-        """A new ask with the next ticket.
+    def open(self, layer: int, count: int, ids: np.ndarray, rows: Rows, deadline: float) -> Ask:
+        """A new ask of `count` rows with the next ticket.
 
         Raises:
-            DuckLost, TransportClosed: the flock cannot answer; the rows are free again.
+            DuckLost, TransportClosed, WireError: the flock cannot answer, or has no such experts;
+            the rows are free again.
         """
-        error = self._refusal(layer)
-        if error:
+        assert 1 <= count <= rows.capacity
+        try:
+            self._check(layer)
+            check_ids(ids, self.plan.experts)
+        except DuckError:
             self.ring.release(rows)
-            raise error
+            raise
         ask = Ask(self, self._next, layer, count, rows, deadline)
         self._next = self._next % 0xFFFFFFFF + 1
         self.open_asks[ask.ticket] = ask
         return ask
 
-    def _refusal(self, layer: int) -> TransportError | None:
+    def _check(self, layer: int) -> None:
         if self.closed:
-            return TransportClosed("the transport is closed")
+            raise TransportClosed("the transport is closed")
         for duck, reason in self.lost.items():
-            return DuckLost(self.labels[duck], layer, 0.0, reason, index=duck)
-        return None
+            raise DuckLost(self.labels[duck], layer, 0.0, reason, index=duck)
 
     def arrived(self, ask: Ask, duck: int, fragment: int, fragments: int) -> None:
         """A verified fragment lies in the row set; completes the ask when it was the last.
@@ -228,12 +260,11 @@ class AskTable:
                 ask._future.set_result(ask.rows)
 
     def cancel(self, ask: Ask) -> None:
-        if self.open_asks.pop(ask.ticket, None) is None:
-            return
-        if self.on_cancel:
-            self.on_cancel(ask)
-        ask._future.cancel()
-        self.ring.release(ask.rows)
+        if self.open_asks.pop(ask.ticket, None) is not None:
+            if self.on_cancel:
+                self.on_cancel(ask)
+            ask._future.cancel()
+        ask.release()
 
     def fail(self, ask: Ask, error: TransportError) -> None:
         """End one ask with an error and free its rows."""
@@ -244,7 +275,7 @@ class AskTable:
             # The waiter may be cancelled before it looks: the error was then told to nobody, and
             # that is right.
             ask._future.exception()
-        self.ring.release(ask.rows)
+        ask.release()
 
     def lose(self, duck: int, reason: str) -> None:
         """A duck is gone: every ask that it still owes ends with DuckLost."""
@@ -256,20 +287,31 @@ class AskTable:
                 lost = DuckLost(self.labels[duck], ask.layer, ask.waited_ms, reason, index=duck)
                 self.fail(ask, lost)
 
+    def _tick(self) -> None:
+        now = self._loop.time()
+        if now - self._due > TICK_S:
+            # It was us who were held up (suspended, or a long pause): no duck is to blame for it.
+            for ask in self.open_asks.values():
+                ask.deadline += now - self._due
+        self._due = now + TICK_S
+        self._timer = self._loop.call_at(self._due, self._tick)
+        if self.on_tick:
+            self.on_tick()
+        self.expire(now)
+
     def expire(self, now: float) -> None:
-        """End the asks whose deadline has passed (`now` on the event loop's clock)."""
+        """Lose the ducks that owe an answer past its deadline (`now` on the loop's clock)."""
         for ask in tuple(self.open_asks.values()):
-            if now >= ask.deadline:
-                duck = ask.gather.missing[0]
-                reason = "no answer before the deadline"
-                self.lost.setdefault(duck, reason)
-                lost = DuckLost(self.labels[duck], ask.layer, ask.waited_ms, reason, index=duck)
-                self.fail(ask, lost)
+            if now >= ask.deadline and ask.ticket in self.open_asks:
+                self.lose(ask.gather.missing[0], "no answer before the deadline")
 
     def close(self) -> None:
+        """End every wait with TransportClosed; the second time nothing."""
         self.closed = True
+        self._timer.cancel()
         for ask in tuple(self.open_asks.values()):
             self.fail(ask, TransportClosed(f"closed with an ask in flight at layer {ask.layer}"))
+        self.ring.close()
 
 
 class Transport(Protocol):
@@ -325,9 +367,19 @@ class DuckEnd(Protocol):
 def compute_answer(
     handler: Handler, layer: int, body: wire.AskBody, shape: wire.Shape
 ) -> np.ndarray:
-    """One ask's answer in the wire dtype; what every transport runs in a duck's worker thread."""
-    x = wire.to_float32(body.x)
-    return wire.to_wire(handler.answer(layer, x, body.ids, body.weights), shape.answer_dtype)
+    """One ask's answer in the wire dtype; what every transport runs in a duck's worker thread.
+
+    Raises:
+        DuckError: the handler could not answer, for whatever reason.
+    """
+    try:
+        sums = handler.answer(layer, wire.to_float32(body.x), body.ids, body.weights)
+        return wire.to_wire(sums, shape.answer_dtype)
+    except DuckError:
+        raise
+    except Exception as error:  # the top of a worker thread: a host waits, and must hear of it
+        _log.exception("answer_failed", layer=layer)
+        raise DuckError(f"internal error: {error!r}") from error
 
 
 def check_ids(ids: np.ndarray, experts: int) -> None:

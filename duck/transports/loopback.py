@@ -6,7 +6,7 @@ The same rounding to the wire dtype, the same worker-thread arithmetic, no bytes
 from __future__ import annotations
 
 import asyncio
-import threading
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,26 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from duck import wire
-from duck.errors import DuckError, DuckLost
+from duck.errors import DuckError, TransportClosed
 from duck.placement import Plan
-from duck.transports.base import Ask, AskTable, Handler, Rows, check_ids, compute_answer
-
-
-class _Round:
-    """The answers of one ask on their way from the worker threads: the last one wakes the loop."""
-
-    def __init__(self, ask: Ask, ducks: int) -> None:
-        self.ask = ask
-        self.answers: list[tuple[np.ndarray, int, int] | None] = [None] * ducks
-        self.error: tuple[int, BaseException] | None = None
-        self._left = ducks
-        self._lock = threading.Lock()
-
-    def done(self) -> bool:
-        """Note one finished duck; True for the last."""
-        with self._lock:
-            self._left -= 1
-            return not self._left
+from duck.transports.base import Ask, AskTable, Handler, Rows, compute_answer
 
 
 class LoopbackTransport:
@@ -49,19 +32,16 @@ class LoopbackTransport:
         assert plan.ducks == len(self._handlers)
         self._loop = asyncio.get_running_loop()
         self._plan = plan
+        labels = tuple(f"duck {number} (in process)" for number in range(plan.ducks))
+        self._table = AskTable(plan, labels)
         for duck, handler in enumerate(self._handlers):
             await handler.attach(plan, duck, lambda _done, _total: None)
+        if self._asks.closed:
+            raise TransportClosed("closed while it started")
         # One worker a duck: its asks are answered in order, as on a duck of its own.
         self._workers = [
             ThreadPoolExecutor(1, thread_name_prefix=f"duck-{duck}") for duck in range(plan.ducks)
         ]
-        self._table = AskTable(plan, tuple(f"duck {d} (in process)" for d in range(plan.ducks)))
-        self._watch = self._loop.create_task(self._expire(), name="loopback-deadlines")
-
-    async def _expire(self) -> None:
-        while True:
-            await asyncio.sleep(0.25)
-            self._asks.expire(self._loop.time())
 
     @property
     def _asks(self) -> AskTable:
@@ -82,62 +62,48 @@ class LoopbackTransport:
         deadline: float,
     ) -> Ask:
         """Hand the rows to every worker; see the contract in `base`."""
-        ask = self._asks.open(layer, len(x), rows, deadline)
-        check_ids(ids, self._plan.experts)
+        ask = self._asks.open(layer, len(x), ids, rows, deadline)
         # The caller may reuse its arrays as soon as we return, as with bytes handed to a socket.
         body = wire.AskBody(ids.copy(), weights.copy(), x.copy())
-        round_ = _Round(ask, self._plan.ducks)
         asked = time.perf_counter()
         for duck, worker in enumerate(self._workers):
-            worker.submit(self._answer, round_, duck, layer, body, asked)
+            worker.submit(self._answer, ask, duck, body, asked)
         return ask
 
-    def _answer(
-        self, round_: _Round, duck: int, layer: int, body: wire.AskBody, asked: float
-    ) -> None:
-        begun = time.perf_counter()
-        try:
-            if round_.ask.ticket in self._asks.open_asks:  # else cancelled: not worth computing
-                answer = compute_answer(self._handlers[duck], layer, body, self._plan.shape)
-                queue_us = int((begun - asked) * 1e6)
-                compute_us = int((time.perf_counter() - begun) * 1e6)
-                round_.answers[duck] = (answer, queue_us, compute_us)
-        except BaseException as error:  # a worker thread's top: the loop decides what it means
-            round_.error = (duck, error)
-        if round_.done():
-            try:
-                self._loop.call_soon_threadsafe(self._deliver, round_)
-            except RuntimeError:
-                return  # the loop was closed without close(): nobody is left to tell
-
-    def _deliver(self, round_: _Round) -> None:
-        ask = round_.ask
+    def _answer(self, ask: Ask, duck: int, body: wire.AskBody, asked: float) -> None:
+        """In a duck's worker thread: compute one ask and hand its answer to the loop."""
         if ask.ticket not in self._asks.open_asks:
-            self._asks.late_answers += self._plan.ducks
-            return
-        if round_.error:
-            duck, error = round_.error
-            if not isinstance(error, DuckError):
-                raise error
-            label = self._asks.labels[duck]
-            self._asks.fail(ask, DuckLost(label, ask.layer, ask.waited_ms, str(error), index=duck))
-            return
-        partials = ask.rows.partials(ask.count)
-        for duck, answer in enumerate(round_.answers):
-            assert answer is not None
-            partials[duck] = answer[0]
-            wire.STAMPS.pack_into(ask.rows.landing[duck], 0, answer[1], answer[2])
+            return  # cancelled: not worth computing
+        begun = time.perf_counter()
+        answer: np.ndarray | DuckError
+        try:
+            answer = compute_answer(self._handlers[duck], ask.layer, body, self._plan.shape)
+        except DuckError as error:
+            answer = error
+        stamps = wire.pack_stamps(begun - asked, time.perf_counter() - begun)
+        # The loop is closed when nobody called close(): then nobody is left to tell.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._deliver, ask, duck, answer, stamps)
+
+    def _deliver(self, ask: Ask, duck: int, answer: np.ndarray | DuckError, stamps: bytes) -> None:
+        asks = self._asks
+        if isinstance(answer, DuckError):
+            asks.lose(duck, f"the duck could not answer: {answer}")
+        elif ask.ticket not in asks.open_asks:
+            asks.late_answers += 1
+        else:
+            ask.rows.landing[duck][: wire.STAMP_BYTES] = stamps
+            ask.rows.partials(ask.count)[duck] = answer
             for fragment in range(ask.fragments):
-                self._asks.arrived(ask, duck, fragment, ask.fragments)
+                asks.arrived(ask, duck, fragment, ask.fragments)
 
     def stats(self) -> Mapping[str, float]:
         return {"late_answers": self._asks.late_answers, "rows_free": self._asks.ring.free}
 
     async def close(self) -> None:
         """End the workers; safe to call twice and with asks in flight."""
-        if self._table is None or self._table.closed:
+        if self._table is None:
             return
         self._table.close()
-        self._watch.cancel()
         for worker in self._workers:
             worker.shutdown(wait=False, cancel_futures=True)

@@ -49,7 +49,7 @@ def by_definition(
 
 @pytest.mark.parametrize("attend", [attend_absorbed, attend_naive])
 @pytest.mark.parametrize(("rows", "position"), [(1, 0), (1, 9), (2, 8), (7, 0), (5, 4)])
-@pytest.mark.parametrize("scores", [1 << 24, 40])  # 40: one or two rows at a time
+@pytest.mark.parametrize("scores", [1 << 24, 60])  # 60: one to three rows at a time
 def test_both_forms_are_the_definition(
     attend: type(attend_naive),
     rows: int,

@@ -197,8 +197,11 @@ async def test_the_context_ends_an_answer(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, seed=1, max_position_embeddings=16)
     async with Engine.open(folder, ducks="local:1", transport="loopback") as engine:
         done = await engine.generate([5] * 10, Sampling(max_tokens=50, ignore_eos=True))
-    assert done.finish_reason == "length"
-    assert len(done.token_ids) == 6
+        assert done.finish_reason == "length"
+        assert len(done.token_ids) == 6
+        assert len(await engine.score([5] * 16)) == 16  # no room for an answer is needed
+        with pytest.raises(duck.ConfigError, match="17 tokens"):
+            await engine.score([5] * 17)
 
 
 async def test_no_tokenizer(tmp_path: Path) -> None:

@@ -1,0 +1,234 @@
+"""One TCP connection: control messages until `carry_data`, from then on data frames.
+
+Frames are received straight into the place that their header asks for. Both ends of the tcp
+transport use it; what a header may ask for is theirs to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
+
+from duck import wire
+from duck.errors import TransportError, WireError
+
+_CONTROL_BUFFER = 1 << 16
+_MAX_UNREAD = 64  # control messages a peer may send ahead of us
+# A peer whose machine is gone says nothing, not even goodbye: the system asks after this many
+# seconds, again and again, and then ends the connection. A stopped process still counts as alive.
+_KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+
+
+class Frames(Protocol):
+    """What one end does with the data frames it receives."""
+
+    def check(self, header: wire.Header) -> int:
+        """Called once for every header: the bytes of its payload.
+
+        Raises:
+            WireError: the plan does not allow this frame here and now; the connection ends.
+        """
+        ...
+
+    def place(self, header: wire.Header) -> memoryview | None:
+        """Where the payload of a checked header belongs, or None to drop it.
+
+        At least as long as the payload. Asked for every stretch received, so that memory that is
+        given up in between is never written again.
+        """
+        ...
+
+    def arrived(self, header: wire.Header) -> None:
+        """A whole frame lies in its place and passed its checksum.
+
+        Raises:
+            WireError: it makes no sense; the connection ends.
+        """
+        ...
+
+
+class Link(asyncio.BufferedProtocol):
+    """One end of a connection.
+
+    Args:
+        opened: called once it is connected.
+    """
+
+    def __init__(self, opened: Callable[[Link], None] | None = None) -> None:
+        self.transport: asyncio.Transport
+        self.heard = 0  # receptions: any change is a sign of life
+        self.dropped = 0  # whole messages that had no place any more
+        self.messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.on_close: Callable[[str], None] | None = None
+        self._opened = opened
+        self._decoder = wire.ControlDecoder()
+        self._buffer = memoryview(bytearray(_CONTROL_BUFFER))
+        self._frames: Frames | None = None
+        self.error: WireError | None = None  # what the peer did wrong
+        self._head = bytearray(wire.HEADER_BYTES)
+        self._header: wire.Header | None = None
+        self._have = 0
+        self._size = 0
+        self._dropping = False
+
+    # asyncio calls these
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
+        connection = transport.get_extra_info("socket")
+        if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE:
+                if hasattr(socket, name):
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if self._opened:
+            self._opened(self)
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        if self._frames is None:
+            return self._buffer
+        if self._header is None:
+            return memoryview(self._head)[self._have :]
+        place = None if self._dropping else self._frames.place(self._header)
+        if place is None:
+            self._dropping = True
+            return self._buffer[: self._size - self._have]
+        return place[self._have : self._size]
+
+    def buffer_updated(self, count: int) -> None:
+        self.heard += 1
+        try:
+            if self._frames:
+                self._received(count, self._frames)
+            else:
+                self._control(count)
+        except WireError as error:
+            self.error = error
+            if self._frames:
+                self.abort(str(error))
+            else:
+                self.refuse(str(error))
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        reason = "connection closed" if exc is None else f"connection lost ({exc})"
+        if not self.closed.done():
+            self.closed.set_result(reason)
+        self.messages.put_nowait(None)
+        if self.on_close:
+            self.on_close(self.closed.result())
+
+    # control
+
+    def _control(self, count: int) -> None:
+        for message in self._decoder.feed(self._buffer[:count]):
+            if self.messages.qsize() >= _MAX_UNREAD:
+                raise WireError(f"more than {_MAX_UNREAD} unread control messages")
+            self.messages.put_nowait(message)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(wire.encode_control(message))
+
+    async def receive(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """The next control message.
+
+        Raises:
+            WireError: the peer sent something else.
+            TransportError: the connection ended.
+            TimeoutError: nothing came in time.
+        """
+        async with asyncio.timeout(timeout_s):
+            message = await self.messages.get()
+        if message is None:
+            self.messages.put_nowait(None)
+            raise self.error or TransportError(self.closed.result())
+        return message
+
+    def forget_messages(self) -> None:
+        """Drop the control messages received so far: they were only signs of life."""
+        with contextlib.suppress(asyncio.QueueEmpty):
+            while self.messages.get_nowait() is not None:
+                pass
+            self.messages.put_nowait(None)  # the end of the connection stays
+
+    # data
+
+    def carry_data(self, frames: Frames) -> None:
+        """Switch to data frames."""
+        if self._decoder.pending or not self.messages.empty():
+            raise WireError("bytes ahead of the switch to data frames")
+        self._frames = frames
+
+    def _received(self, count: int, frames: Frames) -> None:
+        self._have += count
+        if self._header is None:
+            if self._have < wire.HEADER_BYTES:
+                return
+            header = wire.unpack_header(self._head)
+            self._size = frames.check(header)
+            self._header, self._have = header, 0
+            self._dropping = False
+        if self._have < self._size:
+            return
+        header = self._header
+        place = None if self._dropping else frames.place(header)
+        if place is None:
+            self.dropped += header.fragment + 1 == header.fragments
+        elif wire.check_crc(self._head, place[: self._size]):
+            frames.arrived(header)
+        else:
+            raise WireError("a data frame failed its checksum")
+        self._header, self._have = None, 0
+
+    def abort(self, reason: str) -> None:
+        """Close at once, for this reason."""
+        if not self.closed.done():
+            self.closed.set_result(reason)
+        self.transport.abort()
+
+    def refuse(self, reason: str) -> None:
+        """Tell the peer why, and close once that is sent."""
+        if not self.closed.done():
+            self.closed.set_result(reason)
+        self.send({"t": "ERR", "text": reason[:1000]})
+        self.transport.close()
+
+
+def frame_bytes(header: wire.Header, limit: int) -> int:
+    """The payload size of a frame of a message that is cut as `wire.answer_frames` does.
+
+    Raises:
+        WireError: a message larger than `limit`, or cut in another way.
+    """
+    if not 0 < header.message_bytes <= limit:
+        raise WireError(f"message of {header.message_bytes} bytes, at most {limit}")
+    fragments = -(-header.message_bytes // wire.FRAME_LIMIT)
+    if header.fragments != fragments or header.offset != header.fragment * wire.FRAME_LIMIT:
+        raise WireError(f"fragment {header.fragment} of {header.fragments} at {header.offset}")
+    return min(wire.FRAME_LIMIT, header.message_bytes - header.offset)
+
+
+def data_frames(
+    kind: wire.Kind, session: int, ticket: int, layer: int, source: int, body: bytes | memoryview
+) -> list[bytes | memoryview]:
+    """A message as frames, ready for `writelines`."""
+    view = memoryview(body)
+    out: list[bytes | memoryview] = []
+    for fragment, fragments, offset, size in wire.answer_frames(len(view)):
+        payload = view[offset : offset + size]
+        out.append(
+            wire.pack_header(
+                kind, session, ticket, layer, source, payload=payload, fragment=fragment,
+                fragments=fragments, message_bytes=len(view), offset=offset,
+            )
+        )  # fmt: skip
+        out.append(payload)
+    return out

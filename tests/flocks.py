@@ -1,0 +1,178 @@
+"""Small fake ducks behind real transports, for tests of the transports' contract and of failures.
+
+A fake duck's partial sums are easy to know: x * (number + 1) + layer. It can be told to hold the
+asks of a layer until it is let go, so that a test decides what happens in what order; nothing here
+sleeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from duck import wire
+from duck.placement import Plan, equal_slices
+from duck.transports.base import Ask, Transport
+from duck.transports.loopback import LoopbackTransport
+from duck.transports.tcp import TcpDuckEnd, TcpTransport
+
+WAIT_S = 20.0  # what a test waits for comes at once, or never
+
+
+def plan_for(
+    ducks: int,
+    *,
+    hidden: int = 8,
+    max_rows: int = 16,
+    ask_dtype: str = "float32",
+    answer_dtype: str = "float32",
+    model: str = "fake",
+) -> Plan:
+    """A plan for fake ducks: ten layers of four experts, two for each row."""
+    shape = wire.Shape(hidden, 2, ask_dtype, answer_dtype, max_rows)
+    return Plan(model, tuple(range(10)), 4, ducks * 64, equal_slices(ducks * 64, ducks), shape)
+
+
+class FakeDuck:
+    """A `Handler`; `begun` gets the layer of every ask it begins."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.begun: asyncio.Queue[int] = asyncio.Queue()
+        self.attached: list[tuple[Plan, int]] = []
+        self.partial: Callable[[int, np.ndarray], np.ndarray] = self._partial
+        self._loop = asyncio.get_running_loop()
+        self._held: dict[int, threading.Event] = {}
+
+    def _partial(self, layer: int, x: np.ndarray) -> np.ndarray:
+        return x * np.float32(self.number + 1) + np.float32(layer)
+
+    def hold(self, layer: int) -> None:
+        """Asks for this layer wait in the duck's worker until `let_go`."""
+        self._held[layer] = threading.Event()
+
+    def let_go(self, layer: int | None = None) -> None:
+        """End the wait of one layer, or of all."""
+        for held, event in self._held.items():
+            if layer is None or held == layer:
+                event.set()
+
+    async def attach(
+        self, plan: Plan, duck: int, progress: Callable[[int, int], None]
+    ) -> Mapping[str, Any]:
+        warm = bool(self.attached)
+        self.attached.append((plan, duck))
+        return {"warm": warm, "resident_bytes": 0}
+
+    def answer(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        with contextlib.suppress(RuntimeError):  # the test is over
+            self._loop.call_soon_threadsafe(self.begun.put_nowait, layer)
+        if layer in self._held:
+            self._held[layer].wait(WAIT_S)
+        return self.partial(layer, x)
+
+
+@contextlib.asynccontextmanager
+async def loopback(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
+    """Ducks inside the transport itself."""
+    transport = LoopbackTransport(ducks)
+    try:
+        await transport.start(plan)
+        yield transport
+    finally:
+        await transport.close()
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    handler: Any, listen: str = "127.0.0.1:0"
+) -> AsyncIterator[tuple[str, TcpDuckEnd]]:
+    """A duck's end in this process, with the address it listens on."""
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    end = TcpDuckEnd(listen, ready.set_result)
+    serving = asyncio.create_task(end.serve(handler))
+    try:
+        await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")
+        if serving.done():
+            await serving
+        yield ready.result(), end
+    finally:
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+
+@contextlib.asynccontextmanager
+async def tcp(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
+    """Ducks behind ports of this machine."""
+    async with contextlib.AsyncExitStack() as stack:
+        ends = [await stack.enter_async_context(listening(duck)) for duck in ducks]
+        transport = TcpTransport([address for address, _ in ends])
+        stack.push_async_callback(transport.close)
+        await transport.start(plan)
+        yield transport
+
+
+# Every transport that keeps the contract; each is tested by the same suite.
+MAKERS = {"loopback": loopback, "tcp": tcp}
+
+
+@dataclass
+class FakeFlock:
+    """A started transport with its fake ducks."""
+
+    transport: Transport
+    ducks: list[FakeDuck]
+    plan: Plan
+    rng: np.random.Generator
+
+    def inputs(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Random x in the wire dtype, ids, weights."""
+        shape = self.plan.shape
+        x = self.rng.standard_normal((rows, shape.hidden), np.float32)
+        ids = self.rng.integers(0, self.plan.experts, (rows, shape.top_k), np.int32)
+        weights = self.rng.random((rows, shape.top_k), np.float32)
+        return wire.to_wire(x, shape.ask_dtype), ids, weights
+
+    async def ask(
+        self, layer: int, rows: int = 1, seconds: float = WAIT_S
+    ) -> tuple[Ask, np.ndarray]:
+        """Acquire and ask; the ask, and the partial sums it must give: (ducks, rows, hidden)."""
+        x, ids, weights = self.inputs(rows)
+        landing = await self.transport.acquire(rows)
+        deadline = asyncio.get_running_loop().time() + seconds
+        ask = self.transport.ask(layer, x, ids, weights, landing, deadline=deadline)
+        values = wire.to_float32(x)
+        answers = [duck.partial(layer, values) for duck in self.ducks]
+        return ask, wire.to_wire(np.stack(answers), self.plan.shape.answer_dtype)
+
+    @property
+    def free(self) -> float:
+        """Row sets that are free."""
+        return self.transport.stats()["rows_free"]
+
+    async def begun(self, layer: int) -> None:
+        """Wait until every duck has begun an ask for this layer."""
+        for duck in self.ducks:
+            async with asyncio.timeout(WAIT_S):
+                while await duck.begun.get() != layer:
+                    pass
+
+
+@contextlib.asynccontextmanager
+async def fake_flock(kind: str, ducks: int = 3, **plan: Any) -> AsyncIterator[FakeFlock]:
+    """A flock of fake ducks behind one kind of transport."""
+    handlers = [FakeDuck(number) for number in range(ducks)]
+    agreed = plan_for(ducks, **plan)
+    try:
+        async with MAKERS[kind](handlers, agreed) as transport:
+            yield FakeFlock(transport, handlers, agreed, np.random.default_rng(0))
+    finally:
+        for handler in handlers:
+            handler.let_go()
