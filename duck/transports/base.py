@@ -26,7 +26,6 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-import structlog
 
 from duck import wire
 from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
@@ -38,10 +37,13 @@ SMALL_ROWS = 4
 SMALL_SETS = 8
 LARGE_SETS = 2
 _ALIGN = 64
+# A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for
+# what nothing else catches. Frozen and dead ducks are noticed within seconds. Ducks are told, and
+# drop what is older.
+ASK_S = 30.0
+ASK_ROW_S = 0.5
 # How often a transport looks at its ducks and its deadlines.
 TICK_S = 0.25
-
-_log = structlog.get_logger(__name__)
 
 
 class Rows:
@@ -362,24 +364,6 @@ class DuckEnd(Protocol):
     """The duck's end: listens and feeds asks to a handler until cancelled."""
 
     async def serve(self, handler: Handler) -> None: ...
-
-
-def compute_answer(
-    handler: Handler, layer: int, body: wire.AskBody, shape: wire.Shape
-) -> np.ndarray:
-    """One ask's answer in the wire dtype; what every transport runs in a duck's worker thread.
-
-    Raises:
-        DuckError: the handler could not answer, for whatever reason.
-    """
-    try:
-        sums = handler.answer(layer, wire.to_float32(body.x), body.ids, body.weights)
-        return wire.to_wire(sums, shape.answer_dtype)
-    except DuckError:
-        raise
-    except Exception as error:  # the top of a worker thread: a host waits, and must hear of it
-        _log.exception("answer_failed", layer=layer)
-        raise DuckError(f"internal error: {error!r}") from error
 
 
 def check_ids(ids: np.ndarray, experts: int) -> None:

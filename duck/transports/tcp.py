@@ -32,16 +32,17 @@ from duck.errors import (
 )
 from duck.placement import Plan
 from duck.transports.base import (
+    ASK_ROW_S,
+    ASK_S,
     TICK_S,
     Ask,
     AskTable,
     Handler,
     Rows,
     check_ids,
-    compute_answer,
 )
 from duck.transports.link import Link, data_frames, frame_bytes
-from duck.transports.worker import Worker
+from duck.transports.worker import Waiting, Worker
 
 PROTOCOL = (1, 1)  # the control protocol versions this build speaks, lowest and highest
 SOFTWARE = f"duck {__version__}"
@@ -123,6 +124,7 @@ class TcpTransport:
                 "plan_hash": plan.hash(),
                 "duck": duck,
                 "slice_hash": plan.slice_hash(duck),
+                "patience": [ASK_S, ASK_ROW_S],
             }
         )
         welcome = await self._expect(control, "WELCOME", duck)
@@ -336,12 +338,14 @@ class _Session:
     MAX_ASKS = 64  # asks one host may have waiting here, and their bytes
     MAX_ASK_BYTES = 1 << 28
 
-    def __init__(self, plan: Plan, duck: int, worker: Worker, handler: Handler) -> None:
+    def __init__(
+        self, plan: Plan, duck: int, patience: tuple[float, float], worker: Worker
+    ) -> None:
         self.id = secrets.randbits(32)
         self.token = secrets.token_bytes(16)
         self.plan, self.duck = plan, duck
         self.data: Link | None = None
-        self._worker, self._handler = worker, handler
+        self._worker, self._patience = worker, patience
         self._loop = asyncio.get_running_loop()
         self._layers = frozenset(plan.layers)
         self._limit = plan.shape.ask_bytes(plan.shape.max_rows)
@@ -397,21 +401,21 @@ class _Session:
         body = wire.unpack_ask(self._message, self.plan.shape)
         self._due, self._message = None, memoryview(b"")
         check_ids(body.ids, self.plan.experts)
-        asked = time.perf_counter()
-        job = partial(self._answer, header.ticket, header.layer, body, asked)
-        self._worker.put(self.id, header.ticket, job, header.message_bytes)
+        reply = partial(self._answer, header.ticket, header.layer)
+        ask = Waiting(header.layer, body, self.plan.shape, reply, header.message_bytes)
+        ask.patience_s = self._patience[0] + self._patience[1] * ask.rows
+        self._worker.put(self.id, header.ticket, ask)
 
     # answers
 
-    def _answer(self, ticket: int, layer: int, body: wire.AskBody, asked: float) -> None:
-        """In the worker thread: compute one ask and hand its frames to the loop."""
-        begun = time.perf_counter()
-        try:
-            answer = compute_answer(self._handler, layer, body, self.plan.shape)
-            stamps = wire.pack_stamps(begun - asked, time.perf_counter() - begun)
+    def _answer(
+        self, ticket: int, layer: int, answer: np.ndarray | DuckError, stamps: bytes
+    ) -> None:
+        """In the worker's thread: hand an answer's frames to the loop."""
+        if isinstance(answer, DuckError):
+            kind, message = wire.Kind.ERROR, str(answer).encode()[:_TEXT_BYTES] or b"no reason"
+        else:
             kind, message = wire.Kind.ANSWER, stamps + answer.tobytes()
-        except DuckError as error:
-            kind, message = wire.Kind.ERROR, str(error).encode()[:_TEXT_BYTES] or b"no reason"
         frames = data_frames(kind, self.id, ticket, layer, self.duck, message)
         with contextlib.suppress(RuntimeError):  # the loop ended while we computed
             self._loop.call_soon_threadsafe(self._send, frames)
@@ -451,7 +455,7 @@ class TcpDuckEnd:
         self._handler = handler
         self._loop = asyncio.get_running_loop()
         host, port = split_address(self._listen)
-        self._worker = Worker()
+        self._worker = Worker(handler)
         try:
             server = await self._loop.create_server(lambda: _HostLink(self._opened), host, port)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
@@ -532,6 +536,7 @@ class TcpDuckEnd:
             )
         if plan.slice_hash(duck) != hello.get("slice_hash"):
             raise WireError("HELLO: another slice layout: install the same version on both")
+        patience = _patience(hello)
         if len(self._sessions) >= self.MAX_SESSIONS:
             raise WireError(f"this duck already serves {self.MAX_SESSIONS} hosts")
         held = {s.plan.slice_hash(s.duck) for s in self._sessions.values()}
@@ -539,7 +544,7 @@ class TcpDuckEnd:
             raise WireError(
                 "this duck serves another host with another slice; stop that host first"
             )
-        session = _Session(plan, duck, self._worker, self._handler)
+        session = _Session(plan, duck, patience, self._worker)
         self._sessions[session.token] = session
         try:
             facts = await self._attach_with_progress(link, plan, duck)
@@ -605,6 +610,14 @@ class TcpDuckEnd:
         if session.data and session.data.error:
             self.refused += 1
             _log.warning("refused", reason=reason)
+
+
+def _patience(hello: Mapping[str, Any]) -> tuple[float, float]:
+    """How long the host waits for an answer: seconds, and seconds for each row."""
+    found = wire.field(hello, "patience", list)
+    if len(found) != 2 or not all(type(s) in (int, float) and 0 <= s < 1e9 for s in found):
+        raise WireError("HELLO: field 'patience' must be [seconds, seconds a row]")
+    return float(found[0]), float(found[1])
 
 
 def _common_version(hello: Mapping[str, Any]) -> int:
