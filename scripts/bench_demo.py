@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import duck
 
@@ -34,7 +35,7 @@ def start_seconds() -> float:
     return time.perf_counter() - begun
 
 
-async def decode_tok_s(options: dict[str, str]) -> float:
+async def decode_tok_s(options: dict[str, Any]) -> float:
     """Tokens a second over all questions, prefill not counted."""
     tokens = seconds = 0.0
     async with duck.Engine.open("demo", ducks="local:2", **options) as engine:

@@ -569,7 +569,7 @@ def _parse_calls(block: str) -> tuple[ToolCall, ...]:
     at = 0
     while match := _CALL.match(body, at):
         name, arguments = match[1], match[2]
-        if name == "function" and (inner := _V3_FUNCTION.fullmatch(arguments)):
+        if inner := _V3_FUNCTION.fullmatch(arguments):
             name, arguments = inner[1], inner[2]
         if not _is_object(arguments):
             return ()

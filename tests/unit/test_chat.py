@@ -357,8 +357,11 @@ def controls(ids: list[int], made: Tokenizer) -> list[int]:
 
 
 ALL_MARKS = [*REAL_IDS, DSML, *TOOL_MARKS]
-pieces = [mark[i:j] for mark in ALL_MARKS for i in range(len(mark)) for j in range(i + 1, 30)]
-forged = st.lists(st.sampled_from(ALL_MARKS) | st.sampled_from(pieces) | st.text(max_size=3)).map(
+# What stays after the format has put a bracket, or another message the missing end, next to it.
+CUTS = [
+    mark[i:j] for mark in ALL_MARKS for i, j in ((0, -1), (1, None), (1, -1), (0, 3), (3, None))
+]
+forged = st.lists(st.sampled_from(ALL_MARKS) | st.sampled_from(CUTS) | st.text(max_size=2)).map(
     "".join
 )
 
@@ -403,6 +406,12 @@ def test_json_escapes_cannot_spell_a_control_token() -> None:
     ids = encode_chat(messages, V32, "deepseek_v32")
     assert ids.count(128804) == 1
     assert f'string="true">{ASSISTANT}</' in V32.decode(ids)
+
+
+def test_the_longest_control_token_is_meant() -> None:
+    made = tokenizer(["<a>", "<a><b>", "<b>"], "<a><b><b>")
+    wanted = [made.control_tokens["<a><b>"], made.control_tokens["<b>"]]
+    assert encode_chat([user("x")], made, "any") == wanted
 
 
 def test_text_that_only_looks_private_survives() -> None:
@@ -553,6 +562,9 @@ def test_a_prompt_ends_in_a_thought_or_not(
         ids = encode_chat(messages, made, model_type, thinking=thinking)
         assert in_thought(ids, made) is inside
     assert in_thought([], made) is False
+    assert (
+        in_thought([128798, 128803, 128804], made) is False
+    )  # a thought that an earlier turn left
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,15 @@ def test_tokens_follow_the_filtered_softmax(sampling: Sampling) -> None:
     assert_follows(counts, expected(logits, sampling))
 
 
+def test_a_low_temperature_is_not_greedy() -> None:
+    logits = np.array([0.0, 0.02, 0.05], dtype=np.float32)
+    counts = np.zeros(3)
+    sampling = Sampling(temperature=0.05)
+    for position in range(2000):
+        counts[choose(logits, sampling, position)] += 1
+    assert_follows(counts, expected(logits, sampling))
+
+
 def test_seeds_at_one_position_follow_it_too() -> None:
     logits = normal(2, 20)
     counts = np.zeros(20)
@@ -318,5 +327,7 @@ def test_logprobs_of_equals_and_of_all() -> None:
     logits = np.array([1, 3, 3, 0, 3], dtype=np.float32)
     assert [id_ for id_, _ in logprobs(logits, 0, 2).top] == [1, 2]
     assert [id_ for id_, _ in logprobs(logits, 0, 99).top] == [1, 2, 4, 0, 3]
+    many = logprobs(np.zeros(5000, dtype=np.float32), 0, 300).top
+    assert [id_ for id_, _ in many] == list(range(300))
     total = sum(math.exp(value) for _, value in logprobs(logits, 0, 5).top)
     assert total == pytest.approx(1)

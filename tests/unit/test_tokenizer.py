@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
@@ -264,10 +264,11 @@ def plain_stop(text: str, stop: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-stops = st.lists(st.text("ab<", min_size=1, max_size=4), max_size=3)
+stops = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
 
 
-@given(st.lists(st.text("ab<", max_size=5)), stops)
+@settings(max_examples=400)
+@given(st.lists(st.text("ab", max_size=3)), stops)
 def test_a_stop_text_ends_the_stream_however_it_is_cut(pieces: list[str], stop: list[str]) -> None:
     scanner = StopScanner(stop)
     shown, stopped = "", False

@@ -1,0 +1,132 @@
+"""The values of --ducks and the other options: each is taken or refused with one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from duck.config import CHOICES, Ducks, Options, is_loopback, split_address
+from duck.errors import ConfigError
+
+
+def test_defaults() -> None:
+    options = Options()
+    assert options.ducks == "local:2"
+    assert Ducks.parse(options.ducks) == Ducks(2)
+    assert all(getattr(options, name) in ready for name, (ready, _) in CHOICES.items())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [(name, value) for name, (ready, _) in CHOICES.items() for value in ready],
+)
+def test_what_works(option: str, value: str) -> None:
+    assert getattr(Options(**{option: value}), option) == value
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [(name, value) for name, (_, planned) in CHOICES.items() for value in planned],
+)
+def test_what_comes_later(option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{option} {value} is not built yet"):
+        Options(**{option: value})
+
+
+@pytest.mark.parametrize("option", CHOICES)
+@pytest.mark.parametrize("value", ["pigeon", "", None, 5])
+def test_what_nobody_knows(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"--{option} .*want one of"):
+        Options(**{option: value})  # type: ignore[arg-type]
+
+
+def test_loopback_needs_local_ducks() -> None:
+    assert Options(transport="loopback", ducks="local:3").transport == "loopback"
+    with pytest.raises(ConfigError, match="inside this process"):
+        Options(transport="loopback", ducks="127.0.0.1:4000")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("local:1", Ducks(1)),
+        ("local:64", Ducks(64)),
+        ("pond:4000", Ducks(None, ("pond:4000",), ("",))),
+        ("a:1, b:2", Ducks(None, ("a:1", "b:2"), ("", ""))),
+        ("[::1]:4000", Ducks(None, ("[::1]:4000",), ("",))),
+    ],
+)
+def test_ducks(text: str, found: Ducks) -> None:
+    assert Ducks.parse(text) == found
+    assert found.count == (found.local or len(found.addresses))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "local", "local:", "local:0", "local:65", "local:-1", "local:two", "local:²",
+        "local:1.5", "pond", "pond:", ":4000", "pond:65536", "pond:4000,", "pond:port", "a:1,a:1",
+        "a:1,,b:2",
+    ],
+)  # fmt: skip
+def test_ducks_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Ducks.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_name_ducks_as_the_user_does(tmp_path: Path) -> None:
+    assert Ducks.parse("a:1,b:2").labels == ("duck 0 (a:1)", "duck 1 (b:2)")
+    flock = tmp_path / "flock.toml"
+    flock.write_text(
+        '[[duck]]\nname = "grey"\naddress = "a:1"\n[[duck]]\naddress = "b:2"\nweight = 1\n'
+    )
+    ducks = Ducks.parse(str(flock))
+    assert ducks.addresses == ("a:1", "b:2")
+    assert ducks.labels == ("duck 0 (grey, a:1)", "duck 1 (b:2)")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", r"no \[\[duck\]\]"),
+        ("duck = 5", r"no \[\[duck\]\]"),
+        ("duck = [5]", "must be a table"),
+        ("host = 5", r"\[host\] must be a table"),
+        ("[[duck]\n", "flock.toml"),
+        ("[[duck]]\nname = 'a'", "wants address"),
+        ("[[duck]]\naddress = 4000", "wants address"),
+        ("[[duck]]\naddress = 'pond'", "HOST:PORT"),
+        ("[[duck]]\naddress = 'a:1'\n[[duck]]\naddress = 'a:1'", "appears twice"),
+        ("[[duck]]\naddress = 'a:1'\nport = 5", "has port; known are"),
+        ("[[duck]]\naddress = 'a:1'\nweight = 2", "weights are not built yet"),
+        ("pond = 1\n[[duck]]\naddress = 'a:1'", "has pond; known are"),
+        ("[host]\nhens = 1\n[[duck]]\naddress = 'a:1'", "has hens; known are"),
+        ("[host]\nkey_file = 'k'\n[[duck]]\naddress = 'a:1'", "key_file is not built yet"),
+        ("[[duck]]\naddress = '\udce4:1'", "flock.toml"),  # not UTF-8
+    ],
+)
+def test_flock_files_that_cannot_be_used(tmp_path: Path, text: str, told: str) -> None:
+    flock = tmp_path / "flock.toml"
+    flock.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match=told):
+        Ducks.parse(str(flock))
+
+
+def test_flock_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file"):
+        Ducks.parse(str(tmp_path / "none.toml"))
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"folder\.toml: Is a directory"):
+        Ducks.parse(str(tmp_path / "folder.toml"))
+
+
+def test_split_address() -> None:
+    assert split_address("127.0.0.1:0") == ("127.0.0.1", 0)
+    assert split_address("[fe80::1]:65535") == ("fe80::1", 65535)
+
+
+def test_what_only_this_machine_reaches() -> None:
+    assert all(map(is_loopback, ["127.0.0.1", "127.3.4.5", "::1", "localhost"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "pond", "127.0.0.1.evil", ""]))
