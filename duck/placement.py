@@ -158,6 +158,48 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class Slice:
+    """What one duck holds: all that decides its bytes, and their sizes."""
+
+    hash: str
+    model: str  # digest of the routed experts
+    layout: int
+    resident: str
+    start: int  # the columns from start to stop - 1 of the intermediate dimension
+    stop: int
+    columns: int  # of the whole intermediate dimension
+    layers: tuple[int, ...]
+    experts: int
+    hidden: int
+    record_bytes: int  # of one expert
+    scale_floats: int  # of one expert
+
+    @classmethod
+    def of(cls, plan: Plan, duck: int, record_bytes: int, scale_floats: int) -> Slice:
+        """One duck's slice; the sizes are the kernel's."""
+        part = plan.slices[duck]
+        return cls(
+            hash=plan.slice_hash(duck), model=plan.model, layout=LAYOUT, resident=plan.resident,
+            start=part.start, stop=part.stop, columns=plan.columns, layers=plan.layers,
+            experts=plan.experts, hidden=plan.shape.hidden,
+            record_bytes=record_bytes, scale_floats=scale_floats,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"columns {self.start}:{self.stop} of {self.columns} of model {self.model[:12]}"
+
+    @property
+    def layer_bytes(self) -> int:
+        """Resident bytes of one layer: records and scales of all experts."""
+        return self.experts * (self.record_bytes + 4 * self.scale_floats)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of all layers."""
+        return len(self.layers) * self.layer_bytes
+
+
 def _bounded(message: Mapping[str, Any], name: str, limit: int) -> int:
     value: int = wire.field(message, name, int)
     if not 1 <= value <= limit:

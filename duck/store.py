@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from duck.errors import ConfigError, WeightsError
-from duck.placement import LAYOUT, Plan
+from duck.placement import Slice
 
 Check = Callable[[], None]
 Memory = memoryview | bytearray | bytes
@@ -40,56 +40,24 @@ _DATA_AT = 4096
 _CHUNK = 4 << 20  # bytes read at once; about what is still in a core's cache when it is hashed
 
 
-@dataclass(frozen=True)
-class Slice:
-    """What a store holds: all that decides the bytes of its files, and their sizes."""
+def file_bytes(what: Slice) -> int:
+    """Bytes of the file of one layer."""
+    return _DATA_AT + what.layer_bytes
 
-    hash: str
-    model: str  # digest of the routed experts
-    layout: int
-    resident: str
-    start: int  # columns of the intermediate dimension, from start to stop - 1 of `columns`
-    stop: int
-    columns: int
-    layers: tuple[int, ...]
-    experts: int
-    hidden: int
-    record_bytes: int  # of one expert
-    scale_floats: int  # of one expert
 
-    @classmethod
-    def of(cls, plan: Plan, duck: int, record_bytes: int, scale_floats: int) -> Slice:
-        """One duck's slice; the sizes are the kernel's."""
-        part = plan.slices[duck]
-        return cls(
-            hash=plan.slice_hash(duck), model=plan.model, layout=LAYOUT, resident=plan.resident,
-            start=part.start, stop=part.stop, columns=plan.columns, layers=plan.layers,
-            experts=plan.experts, hidden=plan.shape.hidden,
-            record_bytes=record_bytes, scale_floats=scale_floats,
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        return f"columns {self.start}:{self.stop} of {self.columns} of model {self.model[:12]}"
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of one layer's file."""
-        return _DATA_AT + self.experts * (self.record_bytes + 4 * self.scale_floats)
-
-    def header(self) -> bytes:
-        """How every layer's file begins: safetensors' length and JSON, padded with spaces."""
-        split = self.experts * self.record_bytes
-        end = split + self.experts * self.scale_floats * 4
-        shapes = {
-            "records": ("U8", [self.experts, self.record_bytes], [0, split]),
-            "scales": ("F32", [self.experts, self.scale_floats], [split, end]),
-        }
-        entries = {
-            name: {"dtype": dtype, "shape": shape, "data_offsets": place}
-            for name, (dtype, shape, place) in shapes.items()
-        }
-        text = json.dumps(entries).encode().ljust(_DATA_AT - 8)
-        return len(text).to_bytes(8, "little") + text
+def file_header(what: Slice) -> bytes:
+    """How every layer's file begins: safetensors' length and JSON, padded with spaces."""
+    split = what.experts * what.record_bytes
+    shapes = {
+        "records": ("U8", [what.experts, what.record_bytes], [0, split]),
+        "scales": ("F32", [what.experts, what.scale_floats], [split, what.layer_bytes]),
+    }
+    entries = {
+        name: {"dtype": dtype, "shape": shape, "data_offsets": place}
+        for name, (dtype, shape, place) in shapes.items()
+    }
+    text = json.dumps(entries).encode().ljust(_DATA_AT - 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 class LayerImage:
@@ -100,15 +68,15 @@ class LayerImage:
     """
 
     def __init__(self, what: Slice, records: np.ndarray, scales: np.ndarray) -> None:
-        assert records.nbytes + scales.nbytes + _DATA_AT == what.layer_bytes
-        self._expected = what.header()
+        assert records.nbytes + scales.nbytes == what.layer_bytes
+        self._expected = file_header(what)
         self._head = bytearray(_DATA_AT)
         self._parts = (
             memoryview(self._head),
             records.reshape(-1).view(np.uint8).data,
             scales.reshape(-1).view(np.uint8).data,
         )
-        self.nbytes = what.layer_bytes
+        self.nbytes = file_bytes(what)
 
     def parts(self, start: int, stop: int) -> Iterator[memoryview]:
         """The memory behind the file's bytes `start` .. `stop - 1`, piece by piece."""
@@ -152,7 +120,6 @@ class Store:
         self.folder = folder
         self.slice: Slice | None = None
         self._layers: dict[int, StoredLayer] = {}
-        self._lock: Any = None
         text = _read(folder / _MANIFEST)
         if text is not None:
             self.slice, self._layers = _parse(folder, text)
@@ -172,38 +139,31 @@ class Store:
             f"{self.folder} holds {have}, not {want}: use another folder, or remove this one"
         )
 
-    def claim(self, want: Slice) -> None:
-        """Make this the folder of a slice, before its first layer is written.
+    @contextlib.contextmanager
+    def claim(self, want: Slice) -> Iterator[None]:
+        """Hold the folder for writing this slice's layers; makes it if need be.
 
         Raises:
-            ConfigError: it holds another, another process fills it, or it cannot be written.
+            ConfigError: it holds another slice, another process fills it, or it cannot be written.
         """
         self.check(want)
-        with _writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self._lock is None:
-                lock = (self.folder / ".lock").open("wb")
+        with contextlib.ExitStack() as stack:
+            with _writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((self.folder / ".lock").open("wb"))
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    lock.close()
                     raise ConfigError(
                         f"{self.folder} is being filled by another process: wait for it, or stop it"
                     ) from None
-                self._lock = lock
-        # Another process may have filled it between our reading and our lock.
-        fresh = Store(self.folder)
-        fresh.check(want)
-        self._layers = fresh._layers
-        if self.slice is None:
-            self.slice = want
-            self._save()
-
-    def release(self) -> None:
-        """Let other processes fill the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            # Another process may have filled it between our reading and our lock.
+            fresh = Store(self.folder)
+            fresh.check(want)
+            self.slice, self._layers = want, fresh._layers
+            if fresh.slice is None:
+                self._save()
+            yield
 
     def whole(self) -> dict[int, StoredLayer]:
         """The layers that are here: named by the manifest, and their files exist."""
@@ -276,15 +236,16 @@ class Store:
 
 
 class LayerWriter:
-    """A layer's file on its way; `finish` makes it count, `close` leaves it for the next time.
+    """A layer's file on its way; `finish` makes it count, else it is left for the next time.
 
-    image: also put everything there, and go on after the bytes that an earlier try left.
+    A context manager. image: also put everything there, and go on after the bytes that an earlier
+    try left.
     """
 
     def __init__(self, store: Store, layer: int, image: LayerImage | None) -> None:
-        assert store.slice is not None, "claim() comes first"
+        assert store.slice is not None, "only inside claim()"
         self._store, self._layer, self._image = store, layer, image
-        self._total = store.slice.layer_bytes
+        self._total = file_bytes(store.slice)
         self._part = store.path(layer).with_suffix(".safetensors.part")
         self._sha = hashlib.sha256()
         self.nbytes = 0  # so far
@@ -329,7 +290,7 @@ class LayerWriter:
         digest = self._sha.hexdigest()
         right = self._image is None or self._image.header_is_right
         if self.nbytes != self._total or not right or sha256 not in (None, digest):
-            self.close()
+            self._file.close()
             self._part.unlink(missing_ok=True)
             raise WeightsError(
                 f"{self._store.path(self._layer).name}: {self.nbytes} bytes with sha256 "
@@ -345,8 +306,10 @@ class LayerWriter:
         self._store._add(self._layer, stored)
         return stored
 
-    def close(self) -> None:
-        """Stop here; may be called twice, and after `finish`."""
+    def __enter__(self) -> LayerWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -383,7 +346,8 @@ class _Reading:
         sha, done = hashlib.sha256(), 0
         while done < self._image.nbytes:
             with self._moved:
-                self._moved.wait_for(lambda at=done: self._have > at or self._ended)  # type: ignore[misc]
+                while self._have == done and not self._ended:
+                    self._moved.wait()
                 have = self._have
             if have == done:
                 return  # given up
@@ -507,8 +471,3 @@ def _slice(facts: Mapping[str, Any]) -> Slice | None:
     ):
         return None
     return Slice(**{**facts, "layers": tuple(layers)})
-
-
-def stored_bytes(layers: Sequence[StoredLayer]) -> int:
-    """Bytes of these layers' files."""
-    return sum(stored.nbytes for stored in layers)
