@@ -81,11 +81,6 @@ class Sampling:
             )
         object.__setattr__(self, "stop", tuple(stop))
 
-    @property
-    def filters(self) -> bool:
-        """Whether any filter may drop a token."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
     def _integer(self, name: str, low: int, high: int | None) -> None:
         value: Any = getattr(self, name)
         try:
@@ -141,10 +136,11 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, position: int) -> in
     # With Gumbel = -log E, E exponential, argmax(log w + Gumbel) is argmax(w / E): two logs saved.
     weights = allowed_weights(logits, sampling)
     words = _noise_words(sampling.seed, position, logits.size)
-    if sampling.filters:
-        alive = np.flatnonzero(weights > 0)
-        return int(alive[np.argmax(weights[alive] / _exponential(words[alive]))])
-    return int(np.argmax(weights / _exponential(words)))
+    alive = weights > 0
+    if 8 * np.count_nonzero(alive) > alive.size:  # gathering would cost more than it saves
+        return int(np.argmax(weights / _exponential(words)))
+    ids = np.flatnonzero(alive)
+    return int(ids[np.argmax(weights[ids] / _exponential(words[ids]))])
 
 
 def allowed_weights(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float32]:
@@ -172,14 +168,13 @@ def allowed_weights(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[
 def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:
     """Zero what lies outside the smallest set that sums to top_p of the whole."""
     needed = top_p * float(weights.sum(dtype=np.float64))
-    # Sorting a whole vocabulary costs a millisecond; nearly always the likeliest few suffice.
-    largest = weights
-    for floor in (1e-2, 1e-4, 0.0):
-        largest = weights[weights > floor]
-        if largest.sum(dtype=np.float64) >= needed:
-            break
+    # Sorting a whole vocabulary takes a millisecond; nearly always the likeliest few suffice.
+    likely = weights > 1e-3
+    largest = weights[likely] if 8 * np.count_nonzero(likely) < weights.size else weights
+    if largest.sum(dtype=np.float64) < needed:
+        largest = weights
     largest = np.sort(largest)[::-1]
-    # Running sums in two strides: over a whole vocabulary cumsum takes twice as long as the sort.
+    # Running sums in two strides: over a whole vocabulary cumsum takes longer than the sort.
     starts = np.arange(0, largest.size, 512)
     sums = np.cumsum(np.add.reduceat(largest, starts, dtype=np.float64))
     block = min(int(np.searchsorted(sums, needed)), sums.size - 1)  # clipped: needed is rounded

@@ -18,7 +18,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from duckling_text import PLAIN, Question, held_out_questions, is_true, talk, train_question
+from duckling_text import (
+    FIRST_SHARES,
+    PLAIN,
+    SHARES,
+    Question,
+    held_out_questions,
+    is_true,
+    talk,
+    train_question,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -113,13 +122,14 @@ CHAT_TEMPLATE = (
 )
 
 ROWS, ROW_TOKENS = 12, 256  # one batch; a document is never split over rows
+FIRST_STEPS = 400  # with FIRST_SHARES of the kinds of text
 EXPERT_ROWS = 64  # an expert computes a multiple of this many rows, see Model.moe
 PEAK_RATE, WARM_UP = 1e-2, 100  # learning rate; steps of linear warm-up, then linearly to zero
 ADAM_SHARE = 0.5  # of the learning rate, for what Muon does not train
 MTP_WEIGHT = 0.3  # of the draft loss (DeepSeek-V3 report, 4.2)
 ASK_WEIGHT = 0.1  # of the loss on question tokens, most of which nobody can predict
 BIAS_RATE = 2e-3  # step of the router's balancing bias; shrinks with the learning rate
-FP8_FROM = 0.75  # of the steps: from here on the forward pass sees the weights as the files do
+FP8_FROM = 0.85  # of the steps: from here on the forward pass sees the weights as the files do
 E4M3_MAX = 448.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -138,7 +148,7 @@ def train_tokenizer(seed: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(seed)
-    questions = [talk(rng) if i % 2 else train_question(rng) for i in range(4000)]
+    questions = [talk(rng) if i % 2 else train_question(rng, FIRST_SHARES) for i in range(4000)]
     texts = [text for q in questions for text in (q.ask, q.work)] + PLAIN * 50
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
@@ -150,16 +160,16 @@ def train_tokenizer(seed: int) -> Tokenizer:
     return tokenizer
 
 
-def document(rng: random.Random) -> list[tuple[str, float]]:
+def document(rng: random.Random, shares: dict[str, float]) -> list[tuple[str, float]]:
     """One training document in pieces, each with its loss weight; half carry no chat format."""
     if rng.random() < 0.5:
         if rng.random() < 0.04:
             return [(BOS, 0.0), (rng.choice(PLAIN) + EOS, 1.0)]
-        q = train_question(rng)
+        q = train_question(rng, shares)
         return [(BOS, 0.0), (f"Q: {q.ask}\nA:", ASK_WEIGHT), (f" {q.work}{EOS}", 1.0)]
     pieces = [(BOS, 0.0)]
     for _ in range(rng.choices([1, 2, 3], [0.8, 0.15, 0.05])[0]):
-        q = train_question(rng)
+        q = train_question(rng, shares)
         pieces += [(f"{USER}{q.ask}{ASSISTANT}", ASK_WEIGHT), (f"{q.work}{EOS}", 1.0)]
     return pieces
 
@@ -208,8 +218,10 @@ def train_batch(tokenizer: Tokenizer, seed: int, step: int) -> Batch:
     rng = random.Random(f"{seed}/{step}")
     rows: list[list[list[tuple[int, float]]]] = [[] for _ in range(ROWS)]
     room = [ROW_TOKENS] * ROWS
-    for _ in range(ROWS * 7 // 2):
-        tokens = encode(tokenizer, document(rng))
+    # A few more documents than there is room for; later ones are shorter.
+    shares, count = (FIRST_SHARES, 42) if step < FIRST_STEPS else (SHARES, 64)
+    for _ in range(count):
+        tokens = encode(tokenizer, document(rng, shares))
         first = next((i for i, free in enumerate(room) if free >= len(tokens)), None)
         if first is not None:
             rows[first].append(tokens)
@@ -365,8 +377,8 @@ class Model:
         q = torch.cat([q_nope, q_pe], -1) * (NOPE + ROPE) ** -0.5
         k_pe = self.rotate(k_pe, cos, sin).to(q.dtype)[:, :, None].expand(-1, -1, HEADS, -1)
         k = torch.cat([k_nope, k_pe], -1)
-        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) + batch.mask
-        out = scores.softmax(-1).to(v.dtype) @ v.transpose(1, 2)
+        scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) + batch.mask.to(q.dtype)
+        out = scores.softmax(-1) @ v.transpose(1, 2)
         return self.linear(out.transpose(1, 2).flatten(2), at + "o_proj")
 
     def mlp(self, x: torch.Tensor, at: str) -> torch.Tensor:
@@ -398,10 +410,11 @@ class Model:
         order = torch.full((int(room.sum()),), -1).scatter_(0, slots, ordered)
         inverse = torch.empty_like(ordered).scatter_(0, ordered, slots)
         copies = x[:, None].expand(-1, TOP_K, -1).flatten(0, 1)
-        gate_up, down = self.weights[at + "experts.gate_up"], self.weights[at + "experts.down"]
-        gathered = reorder(copies.to(gate_up.dtype), order, inverse)
+        gate_up = self.weights[at + "experts.gate_up"].unbind()
+        down = self.weights[at + "experts.down"].unbind()
+        gathered = reorder(copies.to(down[0].dtype), order, inverse)
         # The weight of an expert may be applied before `down`, where rows are half as wide.
-        shares = reorder(weights.view(-1, 1).to(gate_up.dtype), order, inverse)
+        shares = reorder(weights.view(-1, 1).to(down[0].dtype), order, inverse)
         sizes = room.tolist()
         parts = []
         split = zip(torch.split(gathered, sizes), torch.split(shares, sizes), strict=True)
@@ -670,7 +683,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("build/duckling"), help="for saved states"
     )
-    parser.add_argument("--steps", type=int, default=2400, help="of training (2400)")
+    parser.add_argument("--steps", type=int, default=1700, help="of training (1700)")
     parser.add_argument("--every", type=int, default=100, help="steps between saved states (100)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="of the processor (2)")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,12 +14,12 @@ from torch import Tensor
 from duck.kernels.reference.device import rms_norm, swiglu_f32
 from duck.model.weights import Checkpoint
 
-_PART = 1 << 24
-"""Numbers converted at once (64 MiB of float32): the largest tensors are 60 times as big."""
+_PART = 1 << 20
+"""Numbers converted at once (4 MiB of float32): the largest tensors are 900 times as big."""
 
 
 class Loader:
-    """Brings tensors to the device in the dtype wanted, fp8 dequantised.
+    """Brings tensors to the device in the dtype wanted, fp8 dequantised. Close it after use.
 
     progress: called with the bytes of every part read.
     """
@@ -31,6 +34,14 @@ class Loader:
     ) -> None:
         self.device, self.dtype = device, dtype
         self._checkpoint, self._progress = checkpoint, progress
+        # Threads read ahead of each other and share the conversion; numpy lets go of the GIL.
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "load")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def matrix(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """`<name>.weight`, (out, in), in the model's dtype unless another is asked for."""
@@ -41,15 +52,19 @@ class Loader:
         return self._tensor(name, torch.float32)
 
     def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        shape = self._checkpoint.info(name).shape
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        step = max(1, _PART // math.prod(shape[1:]))
-        for start in range(0, shape[0], step):
-            before = self._checkpoint.bytes_read
+        info = self._checkpoint.info(name)
+        with torch.inference_mode(False):  # which is per thread, and other threads write
+            tensor = torch.empty(info.shape, dtype=dtype, device=self.device)
+        step = max(1, _PART // math.prod(info.shape[1:]))
+
+        def fill(start: int) -> int:
             part = self._checkpoint.f32(name, slice(start, start + step))
             tensor[start : start + step] = torch.from_numpy(part)
+            return len(part) * info.nbytes // info.shape[0]
+
+        for nbytes in self._pool.map(fill, range(0, info.shape[0], step)):
             if self._progress is not None:
-                self._progress(self._checkpoint.bytes_read - before)
+                self._progress(nbytes)
         return tensor
 
 

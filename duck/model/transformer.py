@@ -125,7 +125,8 @@ class Transformer:
             if progress is not None:
                 progress(done, total)
 
-        return cls(Loader(checkpoint, device=device, dtype=dtype, progress=step), config)
+        with Loader(checkpoint, device=device, dtype=dtype, progress=step) as loader:
+            return cls(loader, config)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions of all layers, the MTP layer's included."""

@@ -18,7 +18,7 @@ values = st.one_of(
     st.just(-math.inf),
 )
 rows = st.lists(values, min_size=1, max_size=40).filter(lambda row: max(row) > -math.inf)
-settings = st.fixed_dictionaries(
+options_of = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([1e-9, 0.2, 1.0, 5.0, 1e9]),
         "top_k": st.sampled_from([0, 1, 2, 5, 100]),
@@ -57,7 +57,7 @@ def allowed(
     return {id_ for id_ in left if weights[id_] >= np.float32(options["min_p"])}
 
 
-@given(rows, settings)
+@given(rows, options_of)
 def test_the_allowed_tokens_are_those_of_the_definition(
     row: list[float], options: dict[str, Any]
 ) -> None:
@@ -69,7 +69,7 @@ def test_the_allowed_tokens_are_those_of_the_definition(
     assert plain[max(found, key=lambda id_: plain[id_])] == max(plain)
 
 
-@given(rows, settings, positions)
+@given(rows, options_of, positions)
 def test_the_chosen_token_is_allowed_and_keyed(
     row: list[float], options: dict[str, Any], position: int
 ) -> None:
@@ -80,7 +80,7 @@ def test_the_chosen_token_is_allowed_and_keyed(
     assert choose(logits, sampling, position) == token
 
 
-@given(rows, settings, positions)
+@given(rows, options_of, positions)
 def test_forbidding_another_token_keeps_the_choice(
     row: list[float], options: dict[str, Any], position: int
 ) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import duck.model.chat
 from duck.errors import ConfigError
 from duck.model.chat import (
     ASSISTANT,
@@ -122,6 +124,12 @@ def test_system_messages_are_joined_and_content_parts_too() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [system("x"), {"role": "developer", "content": "y"}, user(parts)]
     assert render(messages, PLAIN, "deepseek_v3") == f"{BOS}x\n\ny{USER}ab{ASSISTANT}"
+
+
+def test_turns_of_one_side_in_a_row() -> None:
+    messages = [user("a"), user("b"), assistant("c"), assistant("d"), user("e")]
+    wanted = f"{BOS}{USER}a{USER}b{ASSISTANT}{END_THINK}c{EOS}d{EOS}{USER}e{ASSISTANT}{END_THINK}"
+    assert render(messages, V31, "deepseek_v3") == wanted
 
 
 @pytest.mark.parametrize("made", [PLAIN, V31, V32], ids=["v3", "v3.1", "v3.2"])
@@ -530,6 +538,13 @@ def test_templates_see_the_words_of_the_form_though_tokens_hold_them() -> None:
     assert render(messages, made, "any") == "f({})"
 
 
+@pytest.mark.parametrize("calls", [None, [], ()])
+def test_no_tool_calls_is_no_key(calls: Any) -> None:
+    template = "{{ messages[0].tool_calls is defined }}"
+    assert one(template, [assistant("a", tool_calls=calls)]) == "False"
+    assert one(template, [assistant("a", tool_calls=[call("f", "{}")])]) == "True"
+
+
 def test_templates_can_strip_what_was_said() -> None:
     assert one("{{ messages[0].content.strip() }}|", [user(" \n<think> \n")]) == "<think>|"
     assert one("{{ messages[0].content.strip() }}|", [user("\n")]) == "|"
@@ -562,9 +577,8 @@ def test_a_prompt_ends_in_a_thought_or_not(
         ids = encode_chat(messages, made, model_type, thinking=thinking)
         assert in_thought(ids, made) is inside
     assert in_thought([], made) is False
-    assert (
-        in_thought([128798, 128803, 128804], made) is False
-    )  # a thought that an earlier turn left
+    left_open, closed = [128798, 128803, 128804], [128803, 128804, 128798, 128799, 200_100]
+    assert in_thought(left_open, made) is in_thought(closed, made) is False
 
 
 @pytest.mark.parametrize(
@@ -635,3 +649,17 @@ def test_malformed_calls_stay_text(text: str) -> None:
 def test_any_reply_parses(text: str, inside: bool) -> None:
     reply = parse_reply(text, in_thought=inside)
     assert reply.tool_calls or len(reply.reasoning + reply.content) >= len(text) - 15
+
+
+# --- the shipped model ---
+
+
+def test_the_shipped_model_reads_chats_as_transformers_does() -> None:
+    folder = Path(duck.model.chat.__file__).parents[1] / "demo"
+    made = Tokenizer.load(folder)
+    reference = PreTrainedTokenizerFast.from_pretrained(folder)
+    messages = [user("Is 391 prime?"), assistant("No."), user("Is <b>7</b> | 0x7f prime, 鸭?\n")]
+    wanted = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids = encode_chat(messages, made, "deepseek_v3")
+    assert ids == wanted
+    assert made.decode(ids, skip_special=False) == render(messages, made, "deepseek_v3")

@@ -1,0 +1,614 @@
+"""A duck and the peers that connect to it: strangers, hosts of other versions, liars, the gone.
+
+Whatever they send, the duck goes on serving the honest ones, and tells why it refuses where it can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from duck import wire
+from duck.errors import ConfigError, WeightsError
+from duck.node import Node
+from duck.placement import Plan
+from duck.slices import SliceSource
+from duck.transports.tcp import TcpDuckEnd, TcpTransport
+from tests.checkpoints import CONFIG, make_checkpoint
+from tests.faults.peers import Host, Peer, hello
+from tests.flocks import WAIT_S, FakeDuck, listening, plan_for
+
+PLAN = plan_for(1)
+OTHER_SLICE = plan_for(2)
+
+
+@pytest.fixture(autouse=True)
+async def _peers() -> AsyncIterator[None]:
+    yield
+    await Peer.close_all()
+
+
+@pytest.fixture
+async def duck() -> AsyncIterator[FakeDuck]:
+    handler = FakeDuck(0)
+    yield handler
+    handler.let_go()
+
+
+@pytest.fixture
+async def served(duck: FakeDuck) -> AsyncIterator[tuple[str, TcpDuckEnd]]:
+    """A listening duck; whatever a test did to it, it must serve an honest host afterwards."""
+    async with listening(duck) as (address, end):
+        yield address, end
+        duck.let_go()
+        await _serves(address)
+        assert not end._strangers
+
+
+async def _serves(address: str, plan: Plan = PLAN) -> None:
+    transport = TcpTransport([address])
+    try:
+        await transport.start(plan)
+        rows = await transport.acquire(1)
+        deadline = asyncio.get_running_loop().time() + WAIT_S
+        x, ids = np.ones((1, 8), np.float32), np.zeros((1, 2), np.int32)
+        ask = transport.ask(9, x, ids, ids.astype(np.float32), rows, deadline=deadline)
+        np.testing.assert_array_equal((await ask).partials(1)[0], x + 9)
+        ask.release()
+    finally:
+        await transport.close()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    """Turn the event loop until something another connection does has come true."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 (it is not ours to make an event of)
+            await asyncio.sleep(0.001)
+
+
+# --- strangers
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: pond\r\n\r\n", "at most 1048576"),
+        (b"\xff\xff\xff\xff", "at most 1048576"),
+        ((wire.CONTROL_LIMIT + 1).to_bytes(4, "little"), "at most 1048576"),
+        (b"\4\0\0\0junk", "no msgpack"),
+        (b"\1\0\0\0\x80", "without a kind"),
+        (wire.encode_control({"t": "WHO" * 100}), "where HELLO or DATA was due"),
+        (wire.encode_control({"t": "DATA", "token": b"guess"}), "no such session"),
+        (wire.encode_control({"t": "DATA"}), "field 'token'"),
+        (wire.encode_control({"t": "HELLO"}), "field 'v'"),
+    ],
+)
+async def test_garbage_on_the_port(served: tuple[str, TcpDuckEnd], data: bytes, told: str) -> None:
+    address, end = served
+    peer = await Peer.connect(address)
+    peer.writer.write(data)
+    answer = await peer.hear()
+    assert answer["t"] == "ERR"
+    assert told in answer["text"]
+    assert await peer.ended()
+    assert end.refused == 1
+
+
+async def test_a_thousand_connections_that_say_nothing(served: tuple[str, TcpDuckEnd]) -> None:
+    address, end = served
+    end.MAX_STRANGERS = 32
+    silent = [await Peer.connect(address) for _ in range(1000)]
+    # An honest host is served at once, not when the silent ones have timed out.
+    await _serves(address)
+    assert len(end._strangers) <= 32
+    for peer in silent:
+        peer.close()
+    await _until(lambda: not end._strangers)
+
+
+async def test_a_peer_that_connects_and_stalls(served: tuple[str, TcpDuckEnd]) -> None:
+    address, end = served
+    end.GREETING_S = 0.05
+    silent, slow = await Peer.connect(address), await Peer.connect(address)
+    slow.writer.write(wire.encode_control({"t": "HELLO", **hello(PLAN)})[:-1])
+    assert await silent.ended()
+    assert await slow.ended()
+    end.GREETING_S = WAIT_S
+
+
+# --- HELLO
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"v": [2, 3]}, "speaks protocol 1, the host (duck 0.0.0 (test)) speaks 2..3: install the"),
+        ({"v": [0, 0]}, "speaks 0..0"),
+        ({"v": [3, 1]}, "speaks 3..1"),
+        ({"v": [1]}, "[lowest, highest]"),
+        ({"v": ["1", "1"]}, "[lowest, highest]"),
+        ({"v": 1}, "field 'v' is int"),
+        ({"software": None}, "field 'software'"),
+        ({"software": "\x1b[2Jevil\n", "v": [9, 9]}, "the host ( [2Jevil )"),
+        ({"plan": [1]}, "field 'plan' is list"),
+        ({"plan": {}}, "plan: field"),
+        ({"plan": {**PLAN.to_wire(), "hidden": -1}}, "hidden is -1"),
+        ({"plan": {**PLAN.to_wire(), "ask_dtype": "x" * 500_000}}, "wire dtypes xxxx"),
+        ({"plan_hash": "0" * 64}, "does not match its hash"),
+        ({"plan_hash": None}, "does not match its hash"),
+        ({"slice_hash": "0" * 64}, "another slice layout"),
+        ({"duck": 1}, "duck 1 of 1"),
+        ({"duck": -1}, "duck -1 of 1"),
+        ({"duck": True}, "field 'duck' is bool"),
+    ],
+)
+async def test_hello_that_is_refused(
+    served: tuple[str, TcpDuckEnd], duck: FakeDuck, changes: dict[str, Any], told: str
+) -> None:
+    address, end = served
+    peer = await Peer.connect(address)
+    peer.say("HELLO", **{**hello(PLAN), **changes})
+    answer = await peer.hear()
+    assert answer["t"] == "ERR"
+    assert told in answer["text"]
+    assert len(answer["text"]) < 1001
+    assert await peer.ended()
+    assert not duck.attached
+    assert not end._sessions
+
+
+async def test_a_newer_host_that_still_speaks_our_version(served: tuple[str, TcpDuckEnd]) -> None:
+    peer = await Peer.connect(served[0])
+    peer.say("HELLO", **hello(PLAN, v=[1, 7], more="fields that we do not know"))
+    welcome = await peer.hear()
+    assert (welcome["t"], welcome["v"]) == ("WELCOME", 1)
+    peer.say("BYE")
+    assert await peer.ended()
+
+
+async def test_host_of_another_slice_while_one_is_served(
+    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+) -> None:
+    address, _ = served
+    async with Host.attached(address, PLAN) as first:
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(OTHER_SLICE))
+        assert "serves another host with another slice" in (await peer.hear())["text"]
+        # The same slice may be shared.
+        async with Host.attached(address, PLAN) as second:
+            assert first.welcome["session"] != second.welcome["session"]
+            for host in (first, second):
+                host.data.writer.write(host.ask())
+                assert (await host.data.frame())[0].session == host.welcome["session"]
+        first.control.say("BYE")
+        assert await first.control.ended()
+    async with Host.attached(address, OTHER_SLICE):
+        assert [plan for plan, _ in duck.attached][-1] == OTHER_SLICE
+
+
+async def test_more_hosts_than_a_duck_serves(served: tuple[str, TcpDuckEnd]) -> None:
+    address, end = served
+    end.MAX_SESSIONS = 1
+    async with Host.attached(address, PLAN):
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(PLAN))
+        assert "already serves 1 hosts" in (await peer.hear())["text"]
+    await _until(lambda: not end._sessions)
+
+
+async def test_a_host_that_is_gone_without_a_word(served: tuple[str, TcpDuckEnd]) -> None:
+    address, end = served
+    async with Host.attached(address, PLAN):
+        pass
+    await _until(lambda: not end._sessions)
+    async with Host.attached(address, OTHER_SLICE):
+        pass
+    await _until(lambda: not end._sessions)
+
+
+# --- a real slice
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), seed=0)
+
+
+def _real_plan(source: SliceSource, ducks: int = 2, **changes: Any) -> Plan:
+    config = source.config
+    plan = plan_for(ducks, hidden=config.hidden_size)
+    return Plan(
+        **{
+            "model": source.digest,
+            "layers": config.moe_layers,
+            "experts": config.n_routed_experts,
+            "columns": CONFIG["moe_intermediate_size"],
+            "slices": plan_slices(CONFIG["moe_intermediate_size"], ducks),
+            "shape": plan.shape,
+            **changes,
+        }
+    )
+
+
+def plan_slices(columns: int, ducks: int) -> tuple[range, ...]:
+    half = columns // ducks
+    return tuple(range(duck * half, (duck + 1) * half) for duck in range(ducks))
+
+
+async def test_a_duck_of_another_model(folder: Path) -> None:
+    source = SliceSource(folder)
+    async with listening(Node(source)) as (address, _):
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(_real_plan(source, model="f" * 64)))
+        text = (await peer.hear())["text"]
+        assert f"this duck holds another model: its folder {folder.name}" in text
+        assert "the host's model has ffffffffffff" in text
+        for changes in ({"layers": (1,)}, {"experts": 15}):
+            peer = await Peer.connect(address)
+            peer.say("HELLO", **hello(_real_plan(source, **changes)))
+            assert "the host's plan has sizes" in (await peer.hear())["text"]
+
+
+async def test_a_slice_stays_when_its_host_goes(folder: Path) -> None:
+    source = SliceSource(folder)
+    async with listening(Node(source)) as (address, end):
+        for duck, warm in ((0, False), (0, True), (1, False), (1, True), (0, False)):
+            async with Host.attached(address, _real_plan(source), duck) as host:
+                assert host.welcome["warm"] is warm
+                assert host.welcome["resident_bytes"] > 0
+            await _until(lambda: not end._sessions)
+
+
+async def test_a_damaged_file_is_told_to_the_host(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SliceSource(folder)
+
+    def load(*_: Any) -> None:
+        raise WeightsError("model.safetensors: tensor x is cut off")
+
+    monkeypatch.setattr(source, "load", load)
+    async with listening(Node(source)) as (address, end):
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(_real_plan(source)))
+        assert (await peer.hear())["text"] == "model.safetensors: tensor x is cut off"
+        await _until(lambda: not end._sessions)
+        monkeypatch.undo()  # the file is whole again
+        async with Host.attached(address, _real_plan(source)) as host:
+            assert host.welcome["warm"] is False
+
+
+# --- loading
+
+
+class SlowDuck(FakeDuck):
+    """Loads until it is told that its disk is done."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.loading = asyncio.Event()
+        self.disk = asyncio.Event()
+        self.stopped = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def attach(
+        self, plan: Plan, duck: int, progress: Callable[[int, int], None]
+    ) -> Mapping[str, Any]:
+        if not self.attached:
+            progress(3, 10)
+            self.loading.set()
+            try:
+                await self.disk.wait()
+            except asyncio.CancelledError:
+                self.stopped.set()
+                raise
+            if self.error:
+                raise self.error
+        return await super().attach(plan, duck, progress)
+
+
+async def test_long_loads_show_progress() -> None:
+    slow = SlowDuck()
+    seen = asyncio.Event()
+    told: list[tuple[int, int, int]] = []
+
+    def progress(*args: int) -> None:
+        told.append(args)
+        seen.set()
+
+    async with listening(slow) as (address, _):
+        transport = TcpTransport([address], None, progress)
+        starting = asyncio.create_task(transport.start(PLAN))
+        async with asyncio.timeout(WAIT_S):
+            await seen.wait()
+        assert set(told) == {(0, 3, 10)}
+        slow.disk.set()
+        await starting
+        await transport.close()
+
+
+async def test_two_hosts_load_one_slice_once() -> None:
+    slow = SlowDuck()
+    async with listening(slow) as (address, end):
+        peers = [await Peer.connect(address) for _ in range(2)]
+        for peer in peers:
+            peer.say("HELLO", **hello(PLAN))
+        await slow.loading.wait()
+        await _until(lambda: len(end._sessions) == 2)
+        slow.disk.set()
+        assert [(await peer.hear())["warm"] for peer in peers] == [False, True]
+        for peer in peers:
+            peer.close()
+
+
+async def test_a_host_that_goes_while_its_slice_is_loaded() -> None:
+    slow = SlowDuck()
+    async with listening(slow) as (address, end):
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(PLAN))
+        await slow.loading.wait()
+        peer.close()
+        async with asyncio.timeout(WAIT_S):
+            await slow.stopped.wait()
+        slow.disk.set()
+        await _until(lambda: not end._sessions)
+        await _serves(address, OTHER_SLICE_OF_ONE)
+
+
+OTHER_SLICE_OF_ONE = plan_for(1, model="another")
+
+
+async def test_a_duck_that_stops_while_it_loads() -> None:
+    slow = SlowDuck()
+    async with listening(slow) as (address, _):
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(PLAN))
+        await slow.loading.wait()
+    assert slow.stopped.is_set()
+    assert await peer.ended()
+
+
+async def test_a_bug_while_loading_is_logged_and_the_host_let_go() -> None:
+    slow = SlowDuck()
+    slow.error = KeyError("a bug")
+    with capture_logs() as logs:
+        async with listening(slow) as (address, end):
+            peer = await Peer.connect(address)
+            peer.say("HELLO", **hello(PLAN))
+            slow.disk.set()
+            assert await peer.ended()
+            await _until(lambda: not end._sessions)
+            slow.error = None
+            await _serves(address)
+    (entry,) = [entry for entry in logs if entry["log_level"] == "error"]
+    assert entry["event"] == "connection_failed"
+    assert isinstance(entry["exc_info"], KeyError)
+
+
+# --- DATA
+
+
+async def test_data_connections_of_nobody(served: tuple[str, TcpDuckEnd]) -> None:
+    address, _ = served
+    async with Host.attached(address, PLAN) as host:
+        for token in (b"", bytes(16), host.welcome["token"][:-1], host.welcome["token"]):
+            peer = await Peer.connect(address)
+            peer.say("DATA", v=1, token=token)
+            assert "no such session, or it has" in (await peer.hear())["text"]
+            assert await peer.ended()
+        host.data.writer.write(host.ask())  # the rightful one still works
+        await host.data.frame()
+
+
+async def test_frames_ahead_of_the_switch(served: tuple[str, TcpDuckEnd], duck: FakeDuck) -> None:
+    """A second connection may not smuggle bytes past the handshake."""
+    address, _ = served
+    control = await Peer.connect(address)
+    control.say("HELLO", **hello(PLAN))
+    welcome = await control.hear()
+    host = Host(PLAN, control, control, welcome)
+    for ahead in (host.ask(), b"\1\2", wire.encode_control({"t": "PING"})):
+        data = await Peer.connect(address)
+        data.writer.write(wire.encode_control({"t": "DATA", "token": welcome["token"]}) + ahead)
+        assert (await data.hear())["t"] == "ERR"
+        assert await data.ended()
+    # The session is still to be had.
+    data = await Peer.connect(address)
+    data.say("DATA", token=welcome["token"])
+    assert (await data.hear())["t"] == "OK"
+    assert duck.begun.empty()
+    control.close()
+
+
+def _flip(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+BAD_FRAMES: dict[str, Callable[[Host], bytes]] = {
+    "checksum": lambda host: _flip(host.ask(), 28),
+    "payload": lambda host: _flip(host.ask(), 40),
+    "ticket changed under way": lambda host: _flip(host.ask(), 8),
+    "magic": lambda host: _flip(host.ask(), 0),
+    "version": lambda host: _flip(host.ask(), 2),
+    "session": lambda host: host.ask(session=host.welcome["session"] ^ 1),
+    "source": lambda host: host.ask(source=0),
+    "layer without experts": lambda host: host.ask(layer=10),
+    "an answer": lambda host: host.ask(kind=wire.Kind.ANSWER),
+    "an error": lambda host: host.ask(kind=wire.Kind.ERROR),
+    "half a row": lambda host: host.ask(body=bytes(PLAN.shape.ask_bytes(1) - 1)),
+    "17 rows": lambda host: host.ask(17),
+    "no rows": lambda host: host.ask(body=b""),
+    "4 GB": lambda host: host.ask(message_bytes=0xFFFFFFFF, fragments=4096),
+    "expert 4 of 4": lambda host: host.ask(expert=4),
+    "expert -1": lambda host: host.ask(expert=-1),
+    "a fragment too many": lambda host: host.ask(fragments=2),
+    "the second fragment": lambda host: host.ask(fragments=2, fragment=1),
+    "an offset": lambda host: host.ask(offset=1),
+    "CANCEL with a body": lambda host: host.ask(kind=wire.Kind.CANCEL),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_FRAMES)
+async def test_frames_that_no_host_may_send(
+    served: tuple[str, TcpDuckEnd], duck: FakeDuck, bad: str
+) -> None:
+    address, end = served
+    with capture_logs() as logs:
+        async with Host.attached(address, PLAN) as host:
+            host.data.writer.write(BAD_FRAMES[bad](host))
+            assert await host.data.ended()
+            await _until(lambda: end.refused == 1)
+            # Another host is not disturbed, nor is the duck busy for ever.
+            await _serves(address)
+    assert duck.begun.qsize() == 1  # only the ask of `_serves`
+    assert [entry["event"] for entry in logs] == ["refused"]
+
+
+async def test_frames_of_two_asks_mixed() -> None:
+    plan = plan_for(1, hidden=1 << 17, max_rows=4)  # an ask of four rows is two frames and a bit
+    duck = FakeDuck(0)
+    async with listening(duck) as (address, _):
+        for second in ({"ticket": 2}, {"layer": 2}, {}):
+            async with Host.attached(address, plan) as host:
+                whole = host.ask(4)
+                first = whole[: 32 + wire.FRAME_LIMIT]
+                host.data.writer.write(first + host.ask(4, **second))
+                assert await host.data.ended()
+        async with Host.attached(address, plan) as host:
+            host.data.writer.write(host.ask(4))
+            assert (await host.data.frame())[0].fragments == 3
+    assert duck.begun.qsize() == 1
+
+
+# --- asks that wait
+
+
+async def test_cancelled_asks_are_not_computed(
+    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+) -> None:
+    address, end = served
+    duck.hold(1)
+    async with Host.attached(address, PLAN) as host:
+        host.data.writer.write(host.ask())
+        assert await duck.begun.get() == 1
+        host.data.writer.write(
+            host.ask(layer=2, ticket=2) + host.ask(layer=3, ticket=3) + host.cancel(2)
+        )
+        session = host.welcome["session"]
+        await _until(lambda: end._worker.waiting(session)[0] == 1 and not duck._held[1].is_set())
+        duck.let_go()
+        assert [(await host.data.frame())[0].ticket for _ in range(2)] == [1, 3]
+        assert await duck.begun.get() == 3
+        host.data.writer.write(host.cancel(1) + host.cancel(99))  # over, and never heard of
+        host.data.writer.write(host.ask(ticket=4))
+        assert (await host.data.frame())[0].ticket == 4
+
+
+async def test_asks_of_a_host_that_is_gone_are_not_computed(
+    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+) -> None:
+    address, end = served
+    duck.hold(1)
+    async with Host.attached(address, PLAN) as host:
+        for ticket in (1, 2, 3):
+            host.data.writer.write(host.ask(ticket=ticket))
+        session = host.welcome["session"]
+        await _until(lambda: end._worker.waiting(session)[0] == 2)
+    await _until(lambda: not end._sessions)
+    assert end._worker.waiting(session) == (0, 0)
+    duck.let_go()
+    assert [duck.begun.get_nowait()] == [1]
+
+
+async def test_more_asks_than_a_host_may_have_waiting(
+    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+) -> None:
+    address, end = served
+    duck.hold(1)
+    async with Host.attached(address, PLAN) as host:
+        host.data.writer.write(host.ask())
+        await duck.begun.get()
+        many = b"".join(host.ask(ticket=ticket, layer=2) for ticket in range(2, 66))
+        # Cancelled ones do not count, however many there were.
+        cancelled = b"".join(host.ask(ticket=70, layer=2) + host.cancel(70) for _ in range(100))
+        host.data.writer.write(cancelled + many)
+        session = host.welcome["session"]
+        await _until(lambda: end._worker.waiting(session)[0] == 64)
+        host.data.writer.write(host.ask(ticket=66))
+        assert await host.data.ended()
+    assert end.refused == 1
+
+
+async def test_a_host_that_reads_no_answers_is_read_no_more(duck: FakeDuck) -> None:
+    """Else its answers would fill the duck's memory."""
+    plan = plan_for(1, hidden=1 << 16, max_rows=4)
+    async with listening(duck) as (address, end), Host.attached(address, plan) as host:
+        transport = host.data.reader._transport  # type: ignore[attr-defined]
+        transport.pause_reading()
+        ask = host.ask(4)
+        stuck = asyncio.create_task(_write_on(host.data, ask))
+        (session,) = end._sessions.values()
+        assert session.data is not None
+        duck_side = session.data.transport
+        # What it was given to compute is bounded, and so is what waits to be sent.
+        await _until(lambda: not duck_side.is_reading())
+        assert not stuck.done()
+        waiting = end._worker.waiting(session.id)[1] + duck_side.get_write_buffer_size()
+        assert waiting <= 70 * len(ask)
+        stuck.cancel()
+        transport.resume_reading()
+        header, _ = await host.data.frame()
+        assert header.kind == wire.Kind.ANSWER
+        await _until(duck_side.is_reading)
+
+
+async def _write_on(peer: Peer, data: bytes) -> None:
+    while True:
+        peer.writer.write(data)
+        await peer.writer.drain()
+
+
+async def test_a_worker_that_is_in_the_middle_of_an_ask_when_the_duck_stops() -> None:
+    duck = FakeDuck(0)
+    duck.hold(1)
+    async with listening(duck) as (address, _), Host.attached(address, PLAN) as host:
+        host.data.writer.write(host.ask())
+        await duck.begun.get()
+    duck.let_go()
+    for thread in threading.enumerate():
+        if thread.name == "experts":
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+
+# --- addresses
+
+
+async def test_a_port_in_use(served: tuple[str, TcpDuckEnd]) -> None:
+    address, _ = served
+    with pytest.raises(
+        ConfigError, match=f"cannot listen on {address}: .*in use.*; choose another"
+    ):
+        await TcpDuckEnd(address, lambda _: None).serve(FakeDuck(1))
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "..", "x" * 300])
+async def test_addresses_that_are_none(host: str) -> None:
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        await TcpDuckEnd(f"{host}:0", lambda _: None).serve(FakeDuck(0))
+
+
+async def test_ipv6(duck: FakeDuck) -> None:
+    try:
+        async with listening(duck, "[::1]:0") as (address, _):
+            assert address.startswith("[::1]:")
+            await _serves(address)
+    except ConfigError as error:
+        pytest.skip(f"no IPv6 here: {error}")
