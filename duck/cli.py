@@ -32,8 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         return _run(argv)
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         # The reader of our output went away (`duck generate ... | head`): nothing is wrong. Python
         # would

@@ -1,10 +1,8 @@
 """One duck as a process: holds its slice of every expert and answers asks. Imports no torch.
 
 `duck node --model DIR` reads its columns from a folder on its own disk once a host has said which
-slice
-it wants; the path never travels. The slice stays in memory: a later host with the same slice
-attaches at
-once. A node started by a host (`--parent`) ends with it, however that host dies.
+slice it wants; the path never travels. The slice stays in memory: a later host with the same slice
+attaches at once. A node started by a host (`--parent`) ends with it, however that host dies.
 """
 
 from __future__ import annotations
@@ -88,8 +86,7 @@ class Node:
 
 
 async def _in_thread(work: Callable[[Callable[[], None]], Experts]) -> Experts:
-    """Run blocking work that calls `check` now and then; cancelling us ends it at its next
-    check."""
+    """Run blocking work that calls `check` now and then; cancelling us ends it at its next one."""
     cancelled = False
 
     def check() -> None:
@@ -117,8 +114,9 @@ def run_node(
     host, _port = split_address(listen)
     if not is_loopback(host) and not insecure:
         raise ConfigError(
-            f"--listen {listen} is open to other machines, and keys are not built yet: anyone there "
-            "could read your prompts; use a loopback address, or --insecure on a network you trust"
+            f"--listen {listen} is open to other machines, and keys are not built yet: anyone "
+            "there could read your prompts; use a loopback address, or --insecure on a network "
+            "you trust"
         )
     if parent is not None:
         _die_with(parent)
@@ -140,7 +138,14 @@ async def _serve(source: SliceSource, listen: str, watch_stdin: bool, as_json: b
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    told = False
+
+    def stop() -> None:
+        nonlocal told
+        told = True
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
 
     def ready(address: str) -> None:
         if as_json:
@@ -151,19 +156,22 @@ async def _serve(source: SliceSource, listen: str, watch_stdin: bool, as_json: b
         sys.stdout.flush()
 
     if watch_stdin:
-        await loop.connect_read_pipe(lambda: _EndOfInput(task), sys.stdin)
-    with contextlib.suppress(asyncio.CancelledError):
+        await loop.connect_read_pipe(lambda: _EndOfInput(stop), sys.stdin)
+    try:
         await TcpDuckEnd(listen, ready).serve(Node(source))
+    except asyncio.CancelledError:
+        if not told:  # Ctrl-C: the runner makes a KeyboardInterrupt of it
+            raise
 
 
 class _EndOfInput(asyncio.Protocol):
     """Ends the node when its standard input does: the host that held the other end is gone."""
 
-    def __init__(self, task: asyncio.Task[Any]) -> None:
-        self._task = task
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._task.cancel()
+        self._stop()
 
 
 def _die_with(parent: int) -> None:

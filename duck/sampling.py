@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,11 +94,10 @@ class Sampling:
 
     def _number(self, name: str, low: float, high: float, allowed: str) -> None:
         value: Any = getattr(self, name)
-        number = (
-            float(value)
-            if isinstance(value, SupportsFloat) and not isinstance(value, bool)
-            else math.nan
-        )
+        try:
+            number = math.nan if isinstance(value, bool | str) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
         if not (low <= number <= high and math.isfinite(number)):  # a NaN fails here too
             raise ConfigError(f"{name}={value!r}: allowed is {allowed}")
         object.__setattr__(self, name, number)
@@ -133,14 +132,15 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, position: int) -> in
         raise DuckError(f"no token can be chosen at position {position}: {found}")
     if sampling.temperature == 0:
         return best
-    # With Gumbel = -log E, E exponential, argmax(log w + Gumbel) is argmax(w / E): two logs saved.
     weights = allowed_weights(logits, sampling)
-    words = _noise_words(sampling.seed, position, logits.size)
-    alive = weights > 0
-    if 8 * np.count_nonzero(alive) > alive.size:  # gathering would cost more than it saves
-        return int(np.argmax(weights / _exponential(words)))
-    ids = np.flatnonzero(alive)
-    return int(ids[np.argmax(weights[ids] / _exponential(words[ids]))])
+    uniform = _uniform(sampling.seed, position, logits.size)
+    # With Gumbel = -log E, E = -log(1 - u), argmax(log w + Gumbel) is argmax(w / E). As E > u, no
+    # token with u > w * E(likeliest) can beat the likeliest, whose w is 1: few are left to take
+    # logs of. The filters may have dropped `best`, if another weight rounded to 1 as well.
+    likeliest = int(np.argmax(weights))
+    bound = _exponential(uniform[likeliest]) * np.float32(1 + 1e-6)  # with room for rounding
+    ids = np.flatnonzero(uniform <= weights * bound)
+    return int(ids[np.argmax(weights[ids] / _exponential(uniform[ids]))])
 
 
 def allowed_weights(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float32]:
@@ -190,25 +190,26 @@ def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:
     weights[dropped_ties] = 0
 
 
-def _noise_words(seed: int, position: int, vocabulary: int) -> NDArray[np.uint32]:
-    """One random word per token id: (vocabulary,), a function of (seed, position, id) alone."""
+def _uniform(seed: int, position: int, vocabulary: int) -> NDArray[np.float32]:
+    """Uniform noise in (0, 1): (vocabulary,), a function of (seed, position, token id) alone."""
     philox = np.random.Philox(key=np.array([seed, position], dtype=np.uint64))
     # Raw words, not Generator's methods: only these does numpy promise never to change.
     words: NDArray[np.uint64] = philox.random_raw((vocabulary + 1) // 2)
-    return words.view(np.uint32)[:vocabulary]
+    return _to_unit(words.view(np.uint32)[:vocabulary])
 
 
-def _exponential(words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Standard exponential noise, above 0 and finite, from uniform words."""
-    # Uniform in (0, 1), finest near 0: from there come the small exponentials, which decide. The
-    # scale lies just below 2**-32: the largest word must not round to 1, of infinite exponential.
-    noise = words.astype(np.float32)
-    noise += np.float32(0.5)
-    noise *= np.float32(2**-32 * (1 - 2**-24))
-    np.negative(noise, out=noise)
-    np.log1p(noise, out=noise)
-    np.negative(noise, out=noise)
-    return noise
+def _to_unit(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Words to (0, 1), finest near 0: there are the small exponentials, which decide."""
+    unit = words.astype(np.float32)
+    unit += np.float32(0.5)
+    # Just below 2**-32: the largest word must not round to 1, whose exponential is infinite.
+    unit *= np.float32(2**-32 * (1 - 2**-24))
+    return unit
+
+
+def _exponential(uniform: Any) -> Any:
+    """Standard exponential noise, above 0 and finite, from uniform noise of any shape."""
+    return -np.log1p(-uniform)
 
 
 def logprobs(logits: NDArray[np.float32], token: int, top: int) -> TokenLogprobs:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,12 +34,22 @@ from duck.sampling import Sampling
 _console = Console(stderr=True)
 
 
-def _runner() -> asyncio.Runner:
-    try:
+@contextlib.contextmanager
+def _runner() -> Iterator[asyncio.Runner]:
+    """An event loop for one command, uvloop's where there is one."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with contextlib.suppress(ImportError):  # not on every platform; asyncio's own does the same
         import uvloop
-    except ImportError:  # not on every platform; asyncio's own loop does the same, slower
-        return asyncio.Runner()
-    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+        factory = uvloop.new_event_loop
+    runner = asyncio.Runner(loop_factory=factory)
+    try:
+        yield runner
+    finally:
+        # All is said: a Ctrl-C from here on has nothing to stop, and would tear the loop's closing.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        runner.close()
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextlib.contextmanager

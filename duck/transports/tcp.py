@@ -49,7 +49,7 @@ SOFTWARE = f"duck {__version__}"
 CONNECT_S = 10.0
 # Without any byte from a duck for this many ticks it counts as frozen. Ticks, not seconds: while
 # this process itself is held up no tick passes, so a busy host never blames its ducks.
-SILENT_TICKS = 14
+SILENT_TICKS = 12
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 
 _log = structlog.get_logger(__name__)

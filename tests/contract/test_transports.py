@@ -210,11 +210,14 @@ async def test_cancel_twice_and_after_the_end(flock: FakeFlock) -> None:
 async def test_cancelled_after_the_last_answer_and_before_the_wake_up(flock: FakeFlock) -> None:
     """The one turn of the loop in which an ask is complete and its waiter has not run yet."""
     free = flock.free
+    flock.ducks[1].hold(1)
     x, ids, weights = flock.inputs(1)
     ask: FlockAsk = await Flock(flock.transport, flock.plan).ask(1, x, ids, weights)
     waiting = asyncio.create_task(ask.sum())
     # Registered before the task waits, so called before it is woken.
     ask._ask._future.add_done_callback(lambda _: waiting.cancel())
+    await flock.begun(1)
+    flock.ducks[1].let_go()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert flock.free == free

@@ -297,11 +297,13 @@ class SlowDuck(FakeDuck):
         self.disk = asyncio.Event()
         self.stopped = asyncio.Event()
         self.error: Exception | None = None
+        self.loads = 0
 
     async def attach(
         self, plan: Plan, duck: int, progress: Callable[[int, int], None]
     ) -> Mapping[str, Any]:
         if not self.attached:
+            self.loads += 1
             progress(3, 10)
             self.loading.set()
             try:
@@ -344,6 +346,7 @@ async def test_two_hosts_load_one_slice_once() -> None:
         await _until(lambda: len(end._sessions) == 2)
         slow.disk.set()
         assert [(await peer.hear())["warm"] for peer in peers] == [False, True]
+        assert slow.loads == 1
         for peer in peers:
             peer.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -375,6 +375,8 @@ forged = st.lists(st.sampled_from(ALL_MARKS) | st.sampled_from(CUTS) | st.text(m
 
 
 @pytest.mark.parametrize(("made", "model_type"), FORMATS)
+@example(said=["think", "/think", "｜Assistant｜"])
+@example(said=["x<think", "k>", "｜User｜>"])
 @given(said=st.lists(forged, min_size=3, max_size=3))
 def test_users_cannot_write_control_tokens(
     made: Tokenizer, model_type: str, said: list[str]

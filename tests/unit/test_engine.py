@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import duck
 from duck.engine import Engine
+from duck.prompts import Prompts
 from duck.sampling import Sampling
 from tests.checkpoints import make_checkpoint
 
@@ -211,6 +213,16 @@ async def test_no_tokenizer(tmp_path: Path) -> None:
         assert (len(done.token_ids), done.text) == (3, "")
         with pytest.raises(duck.ConfigError, match=r"no tokenizer\.json"):
             await engine.generate("hello", GREEDY)
+
+
+async def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, seed=1)
+    small = json.loads((folder / "config.json").read_text()) | {"vocab_size": 100}
+    (folder / "config.json").write_text(json.dumps(small))
+    prompts = Prompts(folder)
+    assert prompts.encode([5, 99]) == [5, 99]
+    with pytest.raises(duck.ConfigError, match=r"0\.\.99: tokenizer\.json is of another model"):
+        prompts.encode("duck")
 
 
 async def test_more_ducks_than_columns(tmp_path: Path) -> None:
