@@ -24,10 +24,13 @@ def check_fits(needed_bytes: int, given_back_bytes: int = 0, root: Path = _ROOT)
         ConfigError: needs more than is free.
     """
     free = free_bytes(root)
-    if free is not None and needed_bytes + OVERHEAD_BYTES > free + given_back_bytes:
+    if free is None:
+        return
+    needed, free = needed_bytes + OVERHEAD_BYTES, free + given_back_bytes
+    if needed > free:
         raise ConfigError(
-            f"needs {gib(needed_bytes + OVERHEAD_BYTES)}, {gib(free + given_back_bytes)} free: "
-            "use more ducks, or narrower slices for this one"
+            f"needs {readable(needed)}, {readable(free)} free: use more ducks, or a narrower slice "
+            "for this one"
         )
 
 
@@ -44,9 +47,12 @@ def huge_bytes(root: Path = _ROOT) -> int | None:
     return _fields(root / "proc/self/smaps_rollup").get("AnonHugePages")
 
 
-def gib(size: int) -> str:
-    """Bytes for people: "21.8 GiB", and small sizes in MiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+def readable(size: int) -> str:
+    """Bytes for people: "21.8 GiB", "64.0 KiB"."""
+    for unit, shift in (("GiB", 30), ("MiB", 20)):
+        if size >= 1 << shift:
+            return f"{size / (1 << shift):.1f} {unit}"
+    return f"{size / 1024:.1f} KiB"
 
 
 def _group_rooms(root: Path) -> list[int]:

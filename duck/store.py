@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from duck.errors import ConfigError, WeightsError
+from duck.memory import readable
 from duck.placement import Slice
 
 Check = Callable[[], None]
@@ -38,6 +40,19 @@ _MANIFEST_LIMIT = 1 << 24  # bytes; one of 4,096 layers has less than 1 MiB
 # Data begins on a page of its own, so that a file can be mapped or read past the page cache.
 _DATA_AT = 4096
 _CHUNK = 4 << 20  # bytes read at once; about what is still in a core's cache when it is hashed
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Refuse to write more than a disk has room for.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise ConfigError(
+            f"{folder} needs {readable(needed_bytes)} of its disk, {readable(free)} free"
+        )
 
 
 def file_bytes(what: Slice) -> int:
@@ -185,28 +200,35 @@ class Store:
         images: Mapping[int, LayerImage],
         progress: Callable[[int], None],
         check: Check = lambda: None,
+        verified: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Read whole layers into memory and verify them.
 
-        progress: called with the bytes of every stretch read; check: called as often, may raise.
+        progress: called with the bytes of every stretch read; check: called as often, may raise;
+        verified: called with each layer once it is, in one of several threads.
 
         Raises:
             WeightsError: a file is not what the manifest says; names it, what was expected, found.
         """
-        files = [_Reading(self._layers[layer], image) for layer, image in images.items()]
-        # Hashing keeps up with a disk of 1 to 2 GB/s a thread; the reader has a core of its own.
-        hashers = max(1, min(4, (os.cpu_count() or 2) - 1, len(files)))
+        files = {layer: _Reading(self._layers[layer], image) for layer, image in images.items()}
+
+        def verify(layer: int) -> None:
+            if files[layer].hash():
+                verified(layer)
+
+        # A core hashes and adopts about 1 GB/s; the reader mostly waits for the disk.
+        hashers = max(1, min(4, os.cpu_count() or 1, len(files)))
         with ThreadPoolExecutor(hashers, thread_name_prefix="sha256") as pool:
             hashing = []
             try:
-                for file in files:
-                    hashing.append(pool.submit(file.hash))
+                for layer, file in files.items():
+                    hashing.append(pool.submit(verify, layer))
                     file.read(progress, check)
                     for done in [future for future in hashing if future.done()]:
                         done.result()  # a damaged file ends the load as soon as it is known
                         hashing.remove(done)
             except BaseException:
-                for file in files:
+                for file in files.values():
                     file.give_up()
                 raise
             for future in hashing:
@@ -306,11 +328,15 @@ class LayerWriter:
         self._store._add(self._layer, stored)
         return stored
 
+    def close(self) -> None:
+        """Stop here; may be called twice, and after `finish`."""
+        self._file.close()
+
     def __enter__(self) -> LayerWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
 
 
 class _Reading:
@@ -342,7 +368,12 @@ class _Reading:
         except OSError as problem:
             raise WeightsError(f"cannot read {path}: {problem.strerror}") from problem
 
-    def hash(self) -> None:
+    def hash(self) -> bool:
+        """Whether all of it was read and is right; False when it was given up.
+
+        Raises:
+            WeightsError: it is not right.
+        """
         sha, done = hashlib.sha256(), 0
         while done < self._image.nbytes:
             with self._moved:
@@ -350,7 +381,7 @@ class _Reading:
                     self._moved.wait()
                 have = self._have
             if have == done:
-                return  # given up
+                return False
             for part in self._image.parts(done, have):
                 sha.update(part)
             done = have
@@ -359,6 +390,7 @@ class _Reading:
             raise self._wrong(f"sha256 {found}", f"{expected} as {_MANIFEST} says")
         if not self._image.header_is_right:
             raise self._wrong("another header", "that of its slice")
+        return True
 
     def give_up(self) -> None:
         """Nothing more will be read."""
