@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -319,6 +319,11 @@ class AskTable:
 class Transport(Protocol):
     """The host's end, one object for a whole flock."""
 
+    @property
+    def attached(self) -> Sequence[Mapping[str, Any]]:
+        """What each duck said when it attached: warm, and the bytes it holds, read, received."""
+        ...
+
     async def start(self, plan: Plan) -> None: ...
     async def acquire(self, rows: int = 1) -> Rows: ...
     def ask(
@@ -342,12 +347,30 @@ class Transport(Protocol):
     async def close(self) -> None: ...
 
 
+class Loading(Protocol):
+    """What a duck tells its host while it loads, and asks of it."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes of the slice have come."""
+        ...
+
+    async def fetch(self, layer: int, offset: int, take: Callable[[bytes], None]) -> str:
+        """Have the host send a layer's file, from a byte on.
+
+        take: gets the pieces in order, one after the other, each in a thread. Returns the sha256 of
+        the whole file as the host made it, in hex.
+
+        Raises:
+            TransportError: the host is gone, or has nothing to send.
+            WireError: it sent something else. And whatever `take` raises.
+        """
+        ...
+
+
 class Handler(Protocol):
     """What a duck does with its bytes; the duck's end of a transport drives it."""
 
-    async def attach(
-        self, plan: Plan, duck: int, progress: Callable[[int, int], None]
-    ) -> Mapping[str, Any]:
+    async def attach(self, plan: Plan, duck: int, loading: Loading) -> Mapping[str, Any]:
         """Hold this plan's slice (loading it if need be); facts for WELCOME.
 
         Raises:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from duck import wire
-from duck.errors import DuckError, TransportClosed
+from duck.errors import DuckError, TransportClosed, TransportError
 from duck.placement import Plan
 from duck.transports.base import Ask, AskTable, Handler, Rows
 from duck.transports.worker import Waiting, Worker
@@ -26,6 +27,7 @@ class LoopbackTransport:
         self._handlers = tuple(handlers)
         self._workers: list[Worker] = []
         self._table: AskTable | None = None
+        self.attached: list[Mapping[str, Any]] = []
 
     async def start(self, plan: Plan) -> None:
         """Attach every duck to its slice."""
@@ -35,7 +37,7 @@ class LoopbackTransport:
         labels = tuple(f"duck {number} (in process)" for number in range(plan.ducks))
         self._table = AskTable(plan, labels)
         for duck, handler in enumerate(self._handlers):
-            await handler.attach(plan, duck, lambda _done, _total: None)
+            self.attached.append(await handler.attach(plan, duck, _Quiet()))
         if self._asks.closed:
             raise TransportClosed("closed while it started")
         # One worker a duck: its asks are answered in order, as on a duck of its own.
@@ -103,3 +105,13 @@ class LoopbackTransport:
         self._table.close()
         for worker in self._workers:
             worker.end()
+
+
+class _Quiet:
+    """A `base.Loading` for ducks that read what they need themselves."""
+
+    def __call__(self, done: int, total: int) -> None:
+        pass
+
+    async def fetch(self, layer: int, offset: int, take: Callable[[bytes], None]) -> str:
+        raise TransportError(f"a duck inside the host lacks layer {layer}")

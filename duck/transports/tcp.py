@@ -1,9 +1,10 @@
 """TCP: per duck one connection for control and one for data, both to the duck's one port.
 
 A connection starts in control mode (length-prefixed msgpack). The control connection stays there:
-HELLO, LOADING, WELCOME, then PING and PONG, so that a duck that computes for long is told apart
-from one that is frozen. A data connection says DATA with the session's token, gets OK, and from
-then on carries only data frames; answers are received straight into the row set of their ask.
+HELLO, LOADING, the layers that the duck lacks (supply.py), WELCOME, then PING and PONG, so that a
+duck that computes for long is told apart from one that is frozen. A data connection says DATA with
+the session's token, gets OK, and from then on carries only data frames; answers are received
+straight into the row set of their ask.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,7 @@ from duck.transports.base import (
     check_ids,
 )
 from duck.transports.link import Link, data_frames, frame_bytes
+from duck.transports.supply import Sender, fetch
 from duck.transports.worker import Waiting, Worker
 
 PROTOCOL = (1, 1)  # the control protocol versions this build speaks, lowest and highest
@@ -65,6 +67,7 @@ class TcpTransport:
         addresses: HOST:PORT of each duck, in duck order.
         labels: how errors name each duck.
         progress: called with (duck, bytes done, bytes in all) while ducks load their slices.
+        supply: cuts a layer's file for a duck that lacks it: (duck, layer), see `supply.Sender`.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class TcpTransport:
         addresses: Sequence[str],
         labels: Sequence[str] | None = None,
         progress: Callable[[int, int, int], None] | None = None,
+        supply: Callable[[int, int], Iterator[memoryview]] | None = None,
     ) -> None:
         self._addresses = tuple(addresses)
         self._labels = tuple(labels or (f"duck {d} ({a})" for d, a in enumerate(addresses)))
-        self._progress = progress
+        self._progress, self._supply = progress, supply
+        self.attached: list[Mapping[str, Any]] = []  # what each duck said in WELCOME
         self._links: list[Link] = []  # every connection made
         self._control: list[Link] = []
         self._data: list[Link] = []
@@ -100,7 +105,8 @@ class TcpTransport:
             await self.close()
             raise
         for duck, task in enumerate(tasks):
-            control, data, session = task.result()
+            control, data, session, welcome = task.result()
+            self.attached.append(welcome)
             self._control.append(control)
             self._data.append(data)
             self._sessions.append(session)
@@ -112,7 +118,7 @@ class TcpTransport:
         self._silent = [0] * plan.ducks
         self._table.on_tick = self._look_at_ducks
 
-    async def _shake_hands(self, duck: int) -> tuple[Link, Link, int]:
+    async def _shake_hands(self, duck: int) -> tuple[Link, Link, int, Mapping[str, Any]]:
         plan, label = self._plan, self._labels[duck]
         control = await self._connect(duck)
         control.send(
@@ -127,7 +133,7 @@ class TcpTransport:
                 "patience": [ASK_S, ASK_ROW_S],
             }
         )
-        welcome = await self._expect(control, "WELCOME", duck)
+        welcome = await self._welcome(control, duck)
         version = wire.field(welcome, "v", int)
         if not PROTOCOL[0] <= version <= PROTOCOL[1]:
             raise WireError(f"{label} speaks protocol {version}, this host {_versions()}")
@@ -139,9 +145,32 @@ class TcpTransport:
             raise WireError(f"{label} answered with an impossible session")
         data = await self._connect(duck)
         data.send({"t": "DATA", "v": version, "token": token})
-        await self._expect(data, "OK", duck)
+        await self._expect(data, duck, "OK")
         data.carry_data(_Answers(self._asks, duck, session))
-        return control, data, session
+        return control, data, session, welcome
+
+    async def _welcome(self, link: Link, duck: int) -> dict[str, Any]:
+        """Wait for WELCOME; until then the duck may ask for the layers that it lacks."""
+        sender = Sender(link, self._labels[duck], self._plan.layers, partial(self._stream, duck))
+        async with asyncio.TaskGroup() as sending:
+            task: asyncio.Task[None] | None = None
+            while True:
+                message = await self._expect(link, duck, "WELCOME", "LACK", "GOT")
+                if message["t"] == "LACK":
+                    task = sending.create_task(sender.send(message))
+                elif message["t"] == "GOT":
+                    sender.got(message)
+                else:
+                    if task:
+                        task.cancel()  # done, unless the duck is out of its mind
+                    return message
+
+    def _stream(self, duck: int, layer: int) -> Iterator[memoryview]:
+        if self._supply is None:
+            raise TransportError(
+                f"{self._labels[duck]} lacks layer {layer}, and this host has no weights to send"
+            )
+        return self._supply(duck, layer)
 
     async def _connect(self, duck: int) -> Link:
         address, label = self._addresses[duck], self._labels[duck]
@@ -162,12 +191,12 @@ class TcpTransport:
         self._links.append(link)
         return link
 
-    async def _expect(self, link: Link, kind: str, duck: int) -> dict[str, Any]:
-        """The next message of this kind.
+    async def _expect(self, link: Link, duck: int, *kinds: str) -> dict[str, Any]:
+        """The next message of one of these kinds.
 
         LOADING messages in between are progress; silence is a loss.
         """
-        label = self._labels[duck]
+        label, kind = self._labels[duck], kinds[0]
         begun = time.perf_counter()
         while True:
             try:
@@ -180,7 +209,7 @@ class TcpTransport:
                 if isinstance(error, TimeoutError):
                     reason = f"no {kind} and no sign of life for {CONNECT_S:.0f} s"
                 raise DuckLost(label, None, waited_ms, reason, index=duck) from None
-            if message["t"] == kind:
+            if message["t"] in kinds:
                 return message
             if message["t"] == "ERR":
                 text = wire.plain(wire.field(message, "text", str))
@@ -425,6 +454,20 @@ class _Session:
             self.data.transport.writelines(frames)
 
 
+class _Loading:
+    """What a handler tells and asks the host of one control connection; a `base.Loading`."""
+
+    def __init__(self, link: Link) -> None:
+        self.done = self.total = 0
+        self._link = link
+
+    def __call__(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+
+    async def fetch(self, layer: int, offset: int, take: Callable[[bytes], None]) -> str:
+        return await fetch(self._link, layer, offset, take)
+
+
 class TcpDuckEnd:
     """Listens on one port and feeds a handler; `serve` runs until it is cancelled.
 
@@ -570,14 +613,11 @@ class TcpDuckEnd:
 
     async def _attach_with_progress(self, link: Link, plan: Plan, duck: int) -> Mapping[str, Any]:
         """Attach while telling the host how far it is; ends early when the host goes away."""
-        progress = [0, 0]
-
-        def note(done: int, total: int) -> None:
-            progress[:] = done, total
+        loading = _Loading(link)
 
         async def attach() -> Mapping[str, Any]:
             async with self._attach:  # two hosts at once load the slice once
-                return await self._handler.attach(plan, duck, note)
+                return await self._handler.attach(plan, duck, loading)
 
         task = self._loop.create_task(attach())
         try:
@@ -587,7 +627,7 @@ class TcpDuckEnd:
                 if link.closed.done():
                     raise TransportError(link.closed.result())
                 if not task.done():
-                    link.send({"t": "LOADING", "done": progress[0], "total": progress[1]})
+                    link.send({"t": "LOADING", "done": loading.done, "total": loading.total})
         finally:
             if not task.done():
                 task.cancel()
