@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from duck.engine import Engine
 from duck.errors import ConfigError, DuckError, TransportError, WeightsError, WireError
 from duck.model.weights import Checkpoint
 from duck.node import Node
 from duck.pack import pack, plan_for
 from duck.placement import Plan, Slice
+from duck.sampling import Sampling
 from duck.slices import ModelSource, StoreSource, layer_stream, slice_of
 from duck.store import LayerWriter, Store, file_bytes
 from duck.transports import supply
@@ -507,6 +509,27 @@ async def test_a_store_answers_as_its_model(
         for node in nodes:
             await node.attach(plan, duck, Quiet())
         np.testing.assert_array_equal(*[forward(node, plan) for node in nodes])
+
+
+async def test_tokens_are_the_same_wherever_slices_come_from(
+    model: Path, packed: list[Path], tmp_path: Path
+) -> None:
+    """Read from the model, from a store, sent by the host, and still there from the last one."""
+    sampling = Sampling(max_tokens=16, ignore_eos=True, temperature=1.0, seed=3)
+
+    async def tokens(**options: Any) -> list[int]:
+        async with Engine.open(model, **options) as engine:
+            warm.append([duck.warm for duck in engine.load.ducks])
+            return (await engine.generate([5, 80, 33, 17], sampling)).token_ids
+
+    warm: list[list[bool]] = []
+    expected = await tokens(transport="loopback", ducks="local:2")
+    empty = [StoreSource(tmp_path / str(number)) for number in range(DUCKS)]
+    for sources in (map(StoreSource, packed), empty):
+        async with ducks(*sources) as addresses:
+            for _ in range(2):
+                assert await tokens(ducks=",".join(addresses)) == expected
+    assert warm[1:] == [[False, False], [True, True]] * 2
 
 
 async def test_what_was_loaded_before_an_error_stays(
