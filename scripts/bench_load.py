@@ -28,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from duck import wire
+from duck import log, wire
 from duck.node import Node
 from duck.placement import Plan
 from duck.slices import StoreSource, slice_of
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    log.configure()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         plan = make_slice(folder, options.layers)
