@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+
 
 def main() -> int:
     """Run the command line; returns the exit code."""
@@ -10,7 +14,11 @@ def main() -> int:
 
         return cli.main()
     except KeyboardInterrupt:
-        return 130
+        # All is put away on the way here. Not `return`: Python would end itself by the signal when it
+        # was caught inside an exec (every dataclass has one), and wait for threads first.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import structlog
 
-from duck import log, placement, wire
+from duck import log, memory, placement, wire
 from duck.config import Ducks, Options, model_folder
 from duck.device import Device, limit_threads
 from duck.errors import ConfigError
@@ -127,9 +127,10 @@ class Engine:
             stack.callback(device.close)
             in_process = chosen.transport == "loopback"
             local: LocalDucks | None = None
-            if ducks.local and not in_process:
+            if in_process or ducks.local:
                 # Compiled now if need be: they would all do so at once, and be late.
                 await _load(lambda _: library.native())
+            if ducks.local and not in_process:
                 local = LocalDucks.launch(ducks.local, folder)  # they start while we load
                 stack.callback(local.kill)
             plan = Plan(
@@ -141,6 +142,9 @@ class Engine:
                 shape=_shape(config, device, chosen),
                 resident=resident_format(checkpoint, config),
             )
+            if in_process or local:
+                needed = sum(slice_of(plan, duck).nbytes for duck in range(plan.ducks))
+                memory.check_fits(needed, local=plan.ducks)
 
             def read(check: Callable[[], None]) -> Transformer:
                 def step(done: int, total: int) -> None:

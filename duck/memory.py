@@ -15,10 +15,13 @@ OVERHEAD_BYTES = 120 << 20
 _ROOT = Path("/")
 
 
-def check_fits(needed_bytes: int, given_back_bytes: int = 0, root: Path = _ROOT) -> None:
+def check_fits(
+    needed_bytes: int, given_back_bytes: int = 0, *, local: int = 0, root: Path = _ROOT
+) -> None:
     """Refuse a slice that memory has no room for, before any of it is read.
 
-    given_back_bytes: what is held now and will be free by then.
+    given_back_bytes: held now, and free by then. local: the slices of so many ducks on this machine
+    instead of a duck's own.
 
     Raises:
         ConfigError: needs more than is free.
@@ -26,11 +29,12 @@ def check_fits(needed_bytes: int, given_back_bytes: int = 0, root: Path = _ROOT)
     free = free_bytes(root)
     if free is None:
         return
-    needed, free = needed_bytes + OVERHEAD_BYTES, free + given_back_bytes
+    needed, free = needed_bytes + max(1, local) * OVERHEAD_BYTES, free + given_back_bytes
     if needed > free:
+        who = "the ducks on this machine need" if local else "needs"
         raise ConfigError(
-            f"needs {readable(needed)}, {readable(free)} free: use more ducks, or a narrower slice "
-            "for this one"
+            f"{who} {readable(needed)}, {readable(free)} free: use ducks on more machines, or give "
+            "this one narrower slices"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from duck.model.config import ModelConfig
 from duck.model.weights import Checkpoint, experts_digest
 from duck.placement import Plan, Slice, weighted_slices
 from duck.slices import layer_stream, resident_format, slice_of
-from duck.store import Store, check_room, file_bytes
+from duck.store import LayerWriter, Store, check_room, file_bytes
 
 # called with the bytes written so far, and in all
 Progress = Callable[[int, int], None]
@@ -81,35 +81,80 @@ def pack(
         WeightsError: a weight is missing or not a number.
     """
     checkpoint, plan = plan_for(model, weights)
-    slices = [slice_of(plan, duck) for duck in range(plan.ducks)]
-    folders = [out / f"duck-{duck:03}" for duck in range(plan.ducks)]
-    stores = [Store(folder) for folder in folders]
-    for store, want in zip(stores, slices, strict=True):
-        store.check(want)
-    _check_strangers(out, folders)
+    ducks = [_Duck(out / f"duck-{duck:03}", slice_of(plan, duck)) for duck in range(plan.ducks)]
+    for duck in ducks:
+        duck.store.check(duck.want)
+    _check_strangers(out, [duck.store.folder for duck in ducks])
     with contextlib.ExitStack() as stack:
-        for store, want in zip(stores, slices, strict=True):
-            stack.enter_context(store.claim(want))
-        todo = [_missing(store, want) for store, want in zip(stores, slices, strict=True)]
-        total = sum(len(some) * file_bytes(w) for some, w in zip(todo, slices, strict=True))
+        for duck in ducks:
+            stack.enter_context(duck.store.claim(duck.want))
+            duck.find_missing()
+        total = sum(duck.missing_bytes for duck in ducks)
         check_room(out, total)
-        job = _Job(checkpoint, progress or (lambda _done, _total: None), total)
         workers = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), "pack"))
+        done = 0
         for layer in plan.layers:
-            job.layer(
-                layer,
-                [(s, w) for s, w, some in zip(stores, slices, todo, strict=True) if layer in some],
-                workers,
-            )
-    return [
-        Packed(
-            store.folder, want,
-            {layer: stored.sha256 for layer, stored in sorted(store.whole().items())},
-            checkpoint.experts_nbytes(ModelConfig.load(model)),
-            len(some) * file_bytes(want),
-        )
-        for store, want, some in zip(stores, slices, todo, strict=True)
-    ]  # fmt: skip
+            for written in _layer(checkpoint, layer, ducks, workers):
+                done += written
+                if progress:
+                    progress(done, total)
+    source_bytes = checkpoint.experts_nbytes(ModelConfig.load(model))
+    return [duck.packed(source_bytes) for duck in ducks]
+
+
+class _Duck:
+    """One folder, and what it must get."""
+
+    def __init__(self, folder: Path, want: Slice) -> None:
+        self.store, self.want = Store(folder), want
+        self.missing: set[int] = set()
+
+    def find_missing(self) -> None:
+        """Note the layers without a file of the right size: one that was cut is written anew."""
+        size = file_bytes(self.want)
+        self.missing = set(self.want.layers) - {
+            layer
+            for layer, stored in self.store.whole().items()
+            if stored.path.stat().st_size == stored.nbytes == size
+        }
+
+    @property
+    def missing_bytes(self) -> int:
+        return len(self.missing) * file_bytes(self.want)
+
+    def packed(self, source_bytes: int) -> Packed:
+        hashes = {layer: stored.sha256 for layer, stored in sorted(self.store.whole().items())}
+        return Packed(self.store.folder, self.want, hashes, source_bytes, self.missing_bytes)
+
+
+def _layer(
+    checkpoint: Checkpoint, layer: int, ducks: Sequence[_Duck], workers: ThreadPoolExecutor
+) -> Iterator[int]:
+    """Write one layer of all ducks that lack it, in step, so that an expert is read for all.
+
+    Yields the bytes written, again and again.
+    """
+    with contextlib.ExitStack() as stack:
+        jobs = [
+            (stack.enter_context(duck.store.write(layer)),
+             layer_stream(checkpoint, duck.want, layer))
+            for duck in ducks if layer in duck.missing
+        ]  # fmt: skip
+
+        def step(job: tuple[LayerWriter, Iterator[memoryview]]) -> bool:
+            """One piece; False when there is none left."""
+            writer, stream = job
+            piece = next(stream, None)
+            if piece is not None:
+                writer.write(piece)
+            return piece is not None
+
+        written = 0
+        while jobs and all(list(workers.map(step, jobs))):
+            before, written = written, sum(writer.nbytes for writer, _ in jobs)
+            yield written - before
+        for _ in workers.map(lambda job: job[0].finish(), jobs):
+            pass
 
 
 def plan_for(model: Path, weights: Sequence[float]) -> tuple[Checkpoint, Plan]:
@@ -135,52 +180,6 @@ def plan_for(model: Path, weights: Sequence[float]) -> tuple[Checkpoint, Plan]:
         resident=resident_format(checkpoint, config),
     )
     return checkpoint, plan
-
-
-class _Job:
-    """Writing layers, and how far it is."""
-
-    def __init__(self, checkpoint: Checkpoint, progress: Progress, total: int) -> None:
-        self._checkpoint, self._progress, self._total = checkpoint, progress, total
-        self._done = 0
-
-    def layer(
-        self, layer: int, stores: Sequence[tuple[Store, Slice]], workers: ThreadPoolExecutor
-    ) -> None:
-        """One layer of all ducks that lack it: in step, so that an expert is read for all."""
-        if not stores:
-            return
-        with contextlib.ExitStack() as stack:
-            ducks = [
-                (stack.enter_context(store.write(layer)),
-                 layer_stream(self._checkpoint, want, layer))
-                for store, want in stores
-            ]  # fmt: skip
-
-            def step(number: int) -> int:
-                writer, stream = ducks[number]
-                piece = next(stream, None)
-                if piece is None:
-                    writer.finish()
-                    return 0
-                writer.write(piece)
-                return len(piece)
-
-            written = -1
-            while written:
-                written = sum(workers.map(step, range(len(ducks))))
-                self._done += written
-                self._progress(self._done, self._total)
-
-
-def _missing(store: Store, want: Slice) -> set[int]:
-    """Layers without a file of the right size: one that was damaged is written anew."""
-    whole = {
-        layer
-        for layer, stored in store.whole().items()
-        if stored.path.stat().st_size == stored.nbytes == file_bytes(want)
-    }
-    return set(want.layers) - whole
 
 
 def _check_strangers(out: Path, ours: Sequence[Path]) -> None:

@@ -138,13 +138,14 @@ class StoreSource:
     """A folder of packed layers; what it lacks can be received from a host."""
 
     def __init__(self, folder: Path) -> None:
-        self.store = Store(folder)
+        self.store = Store(folder)  # read now: a damaged manifest is told at the start
 
     def __str__(self) -> str:
         held = self.store.slice
         return f"store {self.store.folder} ({held or 'empty'})"
 
     def check(self, want: Slice) -> None:
+        self.store = Store(self.store.folder)  # duck pack may have been here since
         self.store.check(want)
 
     def has(self, want: Slice) -> Collection[int]:

@@ -40,13 +40,9 @@ class Sender:
     TRIES = 3  # to send one layer: whole, the rest after a cut, and anew if that rest did not fit
 
     def __init__(
-        self,
-        link: Link,
-        label: str,
-        layers: tuple[int, ...],
-        stream: Callable[[int], Iterator[memoryview]],
+        self, link: Link, layers: tuple[int, ...], stream: Callable[[int], Iterator[memoryview]]
     ) -> None:
-        self._link, self._label, self._stream = link, label, stream
+        self._link, self._stream = link, stream
         self._tries = dict.fromkeys(layers, self.TRIES)
         self._busy = False
         self._sent = self._got = 0  # of the layer that is on its way
@@ -61,7 +57,7 @@ class Sender:
         """
         layer, offset = wire.field(lack, "layer", int), wire.field(lack, "offset", int)
         if self._busy or offset < 0 or not self._tries.get(layer):
-            raise WireError(f"{self._label}: LACK of layer {layer} from {offset} makes no sense")
+            raise WireError(f"LACK of layer {layer} from {offset} makes no sense")
         self._tries[layer] -= 1
         self._busy, self._sent, self._got = True, offset, offset
         sha256, at, stream = hashlib.sha256(), 0, self._stream(layer)
@@ -91,7 +87,7 @@ class Sender:
         """Note a GOT."""
         offset = wire.field(message, "offset", int)
         if not self._got <= offset <= self._sent:
-            raise WireError(f"{self._label}: GOT up to byte {offset}, which was not sent")
+            raise WireError(f"GOT up to byte {offset}, which was not sent")
         self._got = offset
         self._moved.set()
 
@@ -115,8 +111,12 @@ async def fetch(link: Link, layer: int, offset: int, take: Callable[[bytes], Non
             raise WireError(f"PIECE: {len(data)} bytes at {place}, want {(layer, offset)}")
         if "sha256" in message:
             return str(wire.field(message, "sha256", str))
+        taking = loop.run_in_executor(None, take, data)
         try:
-            await loop.run_in_executor(None, take, data)
+            await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            await asyncio.wait([taking])  # nobody closes the file under a thread's hands
+            raise
         except DuckError as error:
             # Pieces are still coming: closing now would make the system drop our last word.
             _log.warning("refused", reason=str(error))

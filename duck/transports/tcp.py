@@ -95,7 +95,7 @@ class TcpTransport:
         self._table.on_cancel = self._tell_cancelled
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._shake_hands(duck)) for duck in range(plan.ducks)]
+                tasks = [group.create_task(self._attach(duck)) for duck in range(plan.ducks)]
             if self._table.closed:
                 raise TransportClosed("closed while it started")
         except BaseExceptionGroup as group_error:
@@ -117,6 +117,14 @@ class TcpTransport:
         self._heard = [-1] * plan.ducks
         self._silent = [0] * plan.ducks
         self._table.on_tick = self._look_at_ducks
+
+    async def _attach(self, duck: int) -> tuple[Link, Link, int, Mapping[str, Any]]:
+        label = self._labels[duck]
+        try:
+            return await self._shake_hands(duck)
+        except WireError as error:  # whatever is wrong, say with whom
+            text = str(error)
+            raise WireError(text if text.startswith(label) else f"{label}: {text}") from None
 
     async def _shake_hands(self, duck: int) -> tuple[Link, Link, int, Mapping[str, Any]]:
         plan, label = self._plan, self._labels[duck]
@@ -151,19 +159,22 @@ class TcpTransport:
 
     async def _welcome(self, link: Link, duck: int) -> dict[str, Any]:
         """Wait for WELCOME; until then the duck may ask for the layers that it lacks."""
-        sender = Sender(link, self._labels[duck], self._plan.layers, partial(self._stream, duck))
-        async with asyncio.TaskGroup() as sending:
-            task: asyncio.Task[None] | None = None
-            while True:
-                message = await self._expect(link, duck, "WELCOME", "LACK", "GOT")
-                if message["t"] == "LACK":
-                    task = sending.create_task(sender.send(message))
-                elif message["t"] == "GOT":
-                    sender.got(message)
-                else:
-                    if task:
-                        task.cancel()  # done, unless the duck is out of its mind
-                    return message
+        sender = Sender(link, self._plan.layers, partial(self._stream, duck))
+        try:
+            async with asyncio.TaskGroup() as sending:
+                task: asyncio.Task[None] | None = None
+                while True:
+                    message = await self._expect(link, duck, "WELCOME", "LACK", "GOT")
+                    if message["t"] == "LACK":
+                        task = sending.create_task(sender.send(message))
+                    elif message["t"] == "GOT":
+                        sender.got(message)
+                    else:
+                        if task:
+                            task.cancel()  # done, unless the duck is out of its mind
+                        return message
+        except BaseExceptionGroup as error:
+            raise _first_error(error) from None
 
     def _stream(self, duck: int, layer: int) -> Iterator[memoryview]:
         if self._supply is None:
@@ -201,8 +212,6 @@ class TcpTransport:
         while True:
             try:
                 message = await link.receive(CONNECT_S)
-            except WireError as error:
-                raise WireError(f"{label}: {error}") from None
             except (TimeoutError, TransportError) as error:
                 waited_ms = (time.perf_counter() - begun) * 1e3
                 reason = f"{error} before {kind}"

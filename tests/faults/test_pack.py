@@ -151,6 +151,7 @@ def test_other_residents(tmp_path: Path, weights: str) -> None:
     (packed,) = pack(model, [1], tmp_path / "out")
     assert packed.slice.resident == weights
     assert packed.slice.scale_floats == 0
+    assert set(packed.sha256) == {1, 2, 3}
 
 
 # --- the command

@@ -500,12 +500,13 @@ def forward(node: Node, plan: Plan, seed: int = 0) -> np.ndarray:
     return np.stack([node.answer(layer, x, ids, weights) for layer in plan.layers])
 
 
-async def test_a_store_answers_as_its_model(
-    model: Path, packed: list[Path], agreed: tuple[Checkpoint, Plan]
-) -> None:
-    plan = agreed[1]
-    for duck in range(DUCKS):
-        nodes = [Node(StoreSource(packed[duck])), Node(ModelSource(model))]
+@pytest.mark.parametrize("weights", ["fp8", "bf16", "f32"])
+async def test_a_store_answers_as_its_model(tmp_path: Path, weights: str) -> None:
+    model = make_checkpoint(tmp_path / "model", seed=2, weights=weights)
+    folders = [duck.folder for duck in pack(model, [3, 2], tmp_path / "packed")]
+    _, plan = plan_for(model, [3, 2])
+    for duck, folder in enumerate(folders):
+        nodes = [Node(StoreSource(folder)), Node(ModelSource(model))]
         for node in nodes:
             await node.attach(plan, duck, Quiet())
         np.testing.assert_array_equal(*[forward(node, plan) for node in nodes])
@@ -540,8 +541,7 @@ async def test_what_was_loaded_before_an_error_stays(
     node = Node(StoreSource(tmp_path))
     with pytest.raises(DuckError, match="no host here"):
         await node.attach(agreed[1], 0, Quiet())
-    copy(packed[0], tmp_path)
-    node._source = StoreSource(tmp_path)
+    copy(packed[0], tmp_path)  # by hand, or by duck pack
     facts = await node.attach(agreed[1], 0, Quiet())
     assert facts["read_bytes"] == file_bytes(slice_of(agreed[1], 0))
 

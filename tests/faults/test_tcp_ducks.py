@@ -74,7 +74,7 @@ async def _start(duck: ScriptedDuck, plan: Plan = PLAN) -> None:
     ],
 )
 async def test_welcomes_that_are_none(welcome: dict[str, Any], told: str) -> None:
-    with pytest.raises(WireError, match=told):
+    with pytest.raises(WireError, match=rf"^duck 0 \(scripted\).*{told}"):
         await _start(ScriptedDuck(welcome))
 
 
@@ -100,17 +100,17 @@ def _writes(data: bytes) -> Callable[[Peer, dict[str, Any]], Awaitable[None]]:
     [
         (
             _says({"t": "ERR", "text": "no\x1b[2J\nroom"}),
-            r"duck 0 \(scripted\) refused: no \[2J room$",
+            r"refused: no \[2J room$",
         ),
         (_says({"t": "ERR"}), "field 'text'"),
-        (_says({"t": "OK"}), r"duck 0 \(scripted\) sent 'OK' where WELCOME was due"),
+        (_says({"t": "OK"}), r"sent 'OK' where WELCOME was due"),
         (_says({"t": "LOADING", "done": "x", "total": 1}), "field 'done'"),
         (_says(*[{"t": "LOADING", "done": 1, "total": 1}] * 200), "unread control messages"),
-        (_writes(b"SSH-2.0-OpenSSH_9.2p1\r\n"), r"duck 0 \(scripted\): control message of"),
+        (_writes(b"SSH-2.0-OpenSSH_9.2p1\r\n"), r": control message of"),
     ],
 )
 async def test_answers_to_hello_that_are_none(script: Any, told: str) -> None:
-    with pytest.raises(WireError, match=told):
+    with pytest.raises(WireError, match=rf"^duck 0 \(scripted\).*{told}"):
         await _start(ScriptedDuck(script=script))
 
 
