@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from duck.sampling import Sampling
 
 # Commands that design.md names and this version does not have.
-PLANNED = ("serve", "pack", "bench", "trace", "plan", "doctor")
+PLANNED = ("serve", "bench", "trace", "plan", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from a file (-: stdin)")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids, nothing added")
     generate.add_argument("--chat", action="store_true", help="put the prompt in the chat format")
+    generate.add_argument(
+        "-v", "--verbose", action="store_true", help="also show what the host and the ducks hold"
+    )
     generate.set_defaults(command=_generate)
 
     chat = commands.add_parser(
@@ -146,15 +149,43 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--model", metavar="DIR", help="read this duck's columns from a model folder"
     )
-    source.add_argument("--store", metavar="DIR", help="(planned) read packed slices")
+    source.add_argument(
+        "--store", metavar="DIR",
+        help="read packed layers (duck pack); what the folder lacks is sent by the host, and kept",
+    )  # fmt: skip
     node.add_argument("--key-file", metavar="F", help="(planned) the cluster's key")
     node.add_argument(
         "--insecure",
         action="store_true",
         help="listen on other addresses than loopback without a key",
     )
+    node.add_argument(
+        "--threads", type=int, default=0, metavar="N",
+        help="threads that compute (default: one for each processor)",
+    )  # fmt: skip
+    node.add_argument(
+        "--spin-us", type=int, default=2000, metavar="N",
+        help="how long a thread without work stays awake (default: 2000)",
+    )  # fmt: skip
+    node.add_argument(
+        "--pin", action="store_true",
+        help="keep every thread on its processor; for machines that do nothing else",
+    )  # fmt: skip
     node.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     node.set_defaults(command=_node)
+
+    pack = commands.add_parser(
+        "pack", parents=[common], help="cut a model's experts into one folder for each duck",
+        description="Write OUT/duck-000, OUT/duck-001, ...: the slices of all ducks, for "
+        "duck node --store. Repeating it completes what was interrupted.",
+    )  # fmt: skip
+    pack.add_argument("model", metavar="MODEL", help='a model folder, or "demo"')
+    pack.add_argument("--ducks", type=int, metavar="N", help="how many ducks (default: 2)")
+    pack.add_argument(
+        "--weights", metavar="A,B,C", help="one number a duck: slices as wide (default: equal)"
+    )
+    pack.add_argument("--out", metavar="DIR", required=True)
+    pack.set_defaults(command=_pack)
 
     for name in PLANNED:
         commands.add_parser(name, help="(planned)", add_help=False)
@@ -273,8 +304,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ConfigError("--logprobs is for machines: add --json")
     prompt = _prompt_of(arguments)
     return terminal.generate(
-        arguments.model, prompt, sampling, options, chat=arguments.chat, as_json=arguments.json
-    )
+        arguments.model, prompt, sampling, options,
+        chat=arguments.chat, as_json=arguments.json, verbose=arguments.verbose,
+    )  # fmt: skip
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -309,8 +341,6 @@ def _output_file(name: str) -> Path:
 
 
 def _node(arguments: argparse.Namespace) -> int:
-    if arguments.store is not None:
-        raise ConfigError("--store is not built yet; use --model DIR")
     if arguments.key_file is not None:
         raise ConfigError(
             "--key-file is not built yet; listen on a loopback address, or --insecure"
@@ -318,16 +348,56 @@ def _node(arguments: argparse.Namespace) -> int:
     # Numpy's BLAS must not split one row over threads: N ducks on one box would fight over its
     # cores, and a row's bits would depend on the machine. It reads this when numpy is loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from duck.node import run_node
+    from duck.node import Kernel, run_node
 
+    for name in ("threads", "spin_us"):
+        if getattr(arguments, name) < 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {getattr(arguments, name)}: want 0 or more")
     run_node(
         arguments.listen,
-        model_folder(arguments.model),
+        model=model_folder(arguments.model) if arguments.model else None,
+        store=Path(arguments.store) if arguments.store else None,
+        kernel=Kernel(arguments.threads, arguments.spin_us, arguments.pin),
         insecure=arguments.insecure,
         parent=arguments.parent,
         as_json=arguments.json,
     )
     return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from duck.pack import pack
+    from duck.pack import show as show_packed
+
+    weights = _weights(arguments.weights, arguments.ducks)
+    from duck.bars import bars
+
+    with bars("packing") as note:
+        packed = pack(
+            model_folder(arguments.model), weights, Path(arguments.out),
+            lambda done, total: note("slices", done, total),
+        )  # fmt: skip
+    if arguments.json:
+        write_json({"ducks": [duck.to_json() for duck in packed]})
+    else:
+        show_packed(packed)
+    return 0
+
+
+def _weights(text: str | None, ducks: int | None) -> list[float]:
+    """The ducks' weights from --weights and --ducks."""
+    if text is None:
+        if ducks is not None and ducks < 1:
+            raise ConfigError(f"--ducks {ducks}: want 1 or more")
+        return [1.0] * (2 if ducks is None else ducks)
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights {text[:60]!r}: want numbers as 2,1,1") from None
+    if ducks not in (None, len(weights)):
+        raise ConfigError(f"--weights has {len(weights)} numbers for --ducks {ducks}")
+    return weights
 
 
 def write_json(value: Any) -> None:

@@ -10,12 +10,7 @@ import numpy as np
 from duck import wire
 from duck.errors import DuckLost, WireError
 from duck.placement import Plan
-from duck.transports.base import Ask, Transport
-
-# A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for
-# what nothing else catches. Frozen and dead ducks are noticed by the transport within seconds.
-ASK_S = 30.0
-ASK_ROW_S = 0.5
+from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Transport
 
 
 class FlockAsk:

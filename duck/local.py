@@ -33,6 +33,7 @@ class LocalDucks:
         command = [
             sys.executable, "-m", "duck", "node", "--listen", "127.0.0.1:0",
             "--model", str(folder), "--parent", str(os.getpid()), "--json", "--log-level", "error",
+            "--threads", str(max(1, (os.cpu_count() or 1) // count)),
         ]  # fmt: skip
         ducks = cls([])
         try:

@@ -15,24 +15,16 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
+from duck.bars import bars
+from duck.bars import console as _console
 from duck.cli import write_json
 from duck.config import model_folder
 from duck.engine import Engine, Piece, logits_to_logprobs
 from duck.errors import ConfigError
 from duck.prompts import Prompts
 from duck.sampling import Sampling
-
-_console = Console(stderr=True)
 
 
 @contextlib.contextmanager
@@ -54,26 +46,6 @@ def _runner() -> Iterator[asyncio.Runner]:
         signal.signal(signal.SIGINT, previous)
 
 
-@contextlib.contextmanager
-def _loading() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars with bytes and rate, one per loader; nothing where stderr is no terminal."""
-    columns = (
-        TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(),
-        TransferSpeedColumn(),
-    )  # fmt: skip
-    with Progress(
-        *columns, console=_console, transient=True, disable=not sys.stderr.isatty()
-    ) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def note(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield note
-
-
 def _write(text: str) -> None:
     """Text as it comes, also into a pipe."""
     if text:
@@ -92,10 +64,13 @@ def generate(
     *,
     chat: bool,
     as_json: bool,
+    verbose: bool,
 ) -> int:
     """`duck generate`; returns the exit code."""
     with _runner() as runner:
-        runner.run(_generate(model, prompt, sampling, options, chat=chat, as_json=as_json))
+        runner.run(
+            _generate(model, prompt, sampling, options, chat=chat, as_json=as_json, verbose=verbose)
+        )
     return 0
 
 
@@ -107,10 +82,11 @@ async def _generate(
     *,
     chat: bool,
     as_json: bool,
+    verbose: bool,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         Prompts(model_folder(model)).encode(prompt, chat=chat)  # a bad one costs no loading
-        with _loading() as progress:
+        with bars("loading") as progress:
             opening = Engine.open(model, progress=progress, **options)
             engine = await stack.enter_async_context(opening)
         if as_json:
@@ -121,6 +97,8 @@ async def _generate(
                 "finish_reason": done.finish_reason,
                 "stats": done.stats,
             }
+            if verbose:
+                answer["load"] = engine.load.to_json()
             if sampling.logprobs is not None:
                 answer["logprobs"] = [
                     {"token": c.token, "logprob": c.logprob, "top": [list(t) for t in c.top]}
@@ -128,6 +106,8 @@ async def _generate(
                 ]
             write_json(answer)
             return
+        if verbose:
+            show_load(engine)
         piece = Piece("", [])
         try:
             async for piece in engine.stream(prompt, sampling, chat=chat):
@@ -135,6 +115,13 @@ async def _generate(
         finally:
             _write("\n")  # whatever follows, an error too, begins on a line of its own
         _console.print(stats_table(piece.stats, piece.finish_reason or ""))
+
+
+def show_load(engine: Engine) -> None:
+    """What the host and the ducks hold, on stderr."""
+    for table in engine.load.tables():
+        _console.print(table)
+        _console.print()
 
 
 def stats_table(stats: Mapping[str, Any], finish_reason: str) -> Table:
@@ -191,7 +178,7 @@ async def _score(
         ids = Prompts(model_folder(model)).encode(prompt, answer=False)
         if len(ids) < 2:
             raise ConfigError("one token has no likelihood: give at least two")
-        with _loading() as progress:
+        with bars("loading") as progress:
             opening = Engine.open(model, progress=progress, **options)
             engine = await stack.enter_async_context(opening)
         scored = await engine.score(ids, mtp=mtp)
@@ -248,7 +235,7 @@ def chat(model: str, sampling: Sampling, options: Mapping[str, Any], *, system: 
     with _runner() as runner:
         stack = contextlib.AsyncExitStack()
         try:
-            with _loading() as progress:
+            with bars("loading") as progress:
                 opening = Engine.open(model, progress=progress, **options)
                 engine = runner.run(stack.enter_async_context(opening))
             _Chat(runner, engine, sampling, system).loop()

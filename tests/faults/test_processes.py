@@ -22,7 +22,7 @@ import duck
 from duck.errors import DuckLost, TransportError
 from duck.local import LocalDucks
 from duck.placement import Plan, equal_slices
-from duck.slices import SliceSource
+from duck.slices import ModelSource
 from duck.transports.tcp import TcpTransport
 from tests.checkpoints import CONFIG, make_checkpoint
 from tests.faults.peers import Host, Peer
@@ -167,7 +167,7 @@ async def test_waiting_for_ducks_can_be_cancelled(processes: Marked, folder: Pat
 
 
 def _plan(folder: Path, ducks: int = 2) -> Plan:
-    source = SliceSource(folder)
+    source = ModelSource(folder)
     config = source.config
     columns = config.moe_intermediate_size
     return Plan(
@@ -392,7 +392,7 @@ def test_sums_are_the_same_whoever_computes(folder: Path) -> None:
     """What a duck answers does not depend on which rows travel together."""
     from duck.node import Node
 
-    node, plan = Node(SliceSource(folder)), _plan(folder, 1)
+    node, plan = Node(ModelSource(folder)), _plan(folder, 1)
     asyncio.run(node.attach(plan, 0, lambda _done, _total: None))
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, CONFIG["hidden_size"]), np.float32)

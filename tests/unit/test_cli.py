@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from duck import cli
+from duck.model.config import ModelConfig
+from duck.model.weights import Checkpoint
 from tests.checkpoints import make_checkpoint
 
 
@@ -62,7 +64,8 @@ IDS = ("--prompt-ids", "5,6,7")
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
         (("node", "--listen", "127.0.0.1", "--model", "MODEL"), "want HOST:PORT"),
         (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
-        (("node", "--listen", "127.0.0.1:0", "--store", "x"), "--store is not built yet"),
+        (("node", "--listen", "127.0.0.1:0", "--store", "x", "--threads", "-1"), "--threads -1"),
+        (("node", "--listen", "127.0.0.1:0", "--store", __file__), "manifest.json: Not a dir"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )
@@ -89,6 +92,28 @@ def test_generate_json(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     told = json.loads(again)
     assert told["token_ids"] == answer["token_ids"]
     assert [chances["token"] for chances in told["logprobs"]] == answer["token_ids"]
+
+
+@pytest.mark.parametrize("transport", ["loopback", "tcp"])
+def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transport: str) -> None:
+    words = ("generate", folder, *IDS, "--max-tokens", "2", "--transport", transport, "-v")
+    code, out, _ = run(capfd, *words, "--json")
+    assert code == 0
+    load = json.loads(out)["load"]
+    stored = Checkpoint.open(folder)
+    host = sum(category["source_bytes"] for category in load["host"])
+    assert host == stored.nbytes_without_experts(ModelConfig.load(folder))
+    assert load["kv_bytes_per_token"] == 4 * (32 + 8) * 4  # layers, latent and rope, float32
+    first, second = load["ducks"]
+    assert (first["start"], first["stop"], second["stop"]) == (0, 128, 192)
+    assert first["theory_bytes"] + second["theory_bytes"] == first["source_bytes"]
+    assert first["resident_bytes"] >= first["theory_bytes"]
+    assert first["read_bytes"] == first["resident_bytes"]
+    assert not first["warm"]
+    code, _, err = run(capfd, *words)
+    assert code == 0
+    for word in ("linears, fp8 -> float32", "KV cache", "theory", "0:128", "all"):
+        assert word in err
 
 
 def test_text_goes_to_stdout_and_figures_to_stderr(

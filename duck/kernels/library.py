@@ -1,0 +1,93 @@
+"""The native library as Python sees it: loaded once, every function with its C types.
+
+What the functions mean is said in `native/duck.h`. Calls through ctypes release the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_char_p, c_float, c_int, c_size_t, c_ssize_t, c_uint32, c_uint64, c_void_p
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from duck.kernels.build import find_library
+
+OK, BAD_SHAPE, NO_MEMORY, NO_ISA, NOT_A_NUMBER, BAD_ID, TWICE, NOT_LOADED = range(8)
+"""Status codes of duck.h."""
+
+# gate, up and down, each with the distance of its rows; then their scales
+_SLICE = [c_void_p, c_ssize_t] * 3 + [c_void_p] * 3
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "duck_isa": (c_char_p, [c_char_p]),
+    "duck_pool_create": (c_void_p, [c_int] * 3),
+    "duck_pool_threads": (c_int, [c_void_p]),
+    "duck_pool_destroy": (None, [c_void_p]),
+    "duck_record_bytes": (c_size_t, [c_int] * 3),
+    "duck_scale_floats": (c_size_t, [c_int] * 3),
+    "duck_pack": (c_int, [*[c_int] * 4, *_SLICE, c_void_p, c_void_p]),
+    "duck_experts_create": (c_int, [*[c_int] * 5, c_char_p, ctypes.POINTER(c_void_p)]),
+    "duck_experts_destroy": (None, [c_void_p]),
+    "duck_experts_bytes": (c_size_t, [c_void_p]),
+    "duck_experts_load": (c_int, [c_void_p, c_int, c_int, c_int, *_SLICE]),
+    "duck_experts_records": (ctypes.POINTER(ctypes.c_uint8), [c_void_p, c_int]),
+    "duck_experts_scales": (ctypes.POINTER(c_float), [c_void_p, c_int]),
+    "duck_experts_adopt": (c_int, [c_void_p, c_int, c_int, c_int]),
+    "duck_experts_forward": (
+        c_int,
+        [c_void_p, c_void_p, c_int, c_int, c_int, *[c_void_p] * 4, ctypes.POINTER(c_int)],
+    ),
+    "duck_experts_read": (c_uint64, [c_void_p, c_void_p, c_size_t, c_size_t]),
+    "duck_atomic_add_u32": (c_uint32, [c_void_p, c_uint32]),
+    "duck_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
+    "duck_bf16_from_f32": (None, [c_void_p, c_void_p, c_size_t]),
+    "duck_f32_from_bf16": (None, [c_void_p, c_void_p, c_size_t]),
+}
+
+
+@cache
+def native() -> ctypes.CDLL:
+    """The library, compiled first if need be.
+
+    Raises:
+        ConfigError: it is not there and cannot be compiled.
+    """
+    library = ctypes.CDLL(str(find_library()))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
+    """CRC-32C (Castagnoli) of what gave `crc`, followed by `data` (contiguous)."""
+    view = np.frombuffer(data, np.uint8)
+    value: int = native().duck_crc32c(crc, view.ctypes.data, view.nbytes)
+    return value
+
+
+def atomic_add_u32(memory: npt.NDArray[np.uint32], value: int) -> int:
+    """Add to memory[0], in one step for all processes that share it; returns what was there."""
+    assert memory.dtype == np.uint32
+    assert memory.flags.writeable
+    assert memory.ctypes.data % 4 == 0
+    before: int = native().duck_atomic_add_u32(memory.ctypes.data, value & 0xFFFFFFFF)
+    return before
+
+
+def bf16_from_f32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Rounded to nearest, ties to even; NaN stays NaN."""
+    source = np.ascontiguousarray(values, np.float32)
+    result = np.empty(source.shape, np.uint16)
+    native().duck_bf16_from_f32(source.ctypes.data, result.ctypes.data, source.size)
+    return result
+
+
+def f32_from_bf16(codes: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """Exact."""
+    source = np.ascontiguousarray(codes, np.uint16)
+    result = np.empty(source.shape, np.float32)
+    native().duck_f32_from_bf16(source.ctypes.data, result.ctypes.data, source.size)
+    return result

@@ -1,0 +1,89 @@
+// What transports need: an atomic counter, a checksum, and rows in bf16.
+#include <array>
+#include <cstring>
+
+#include "duck.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// CRC-32C (Castagnoli), bit-reflected, eight bytes at a time: table t holds the effect of a byte
+// that t more bytes follow.
+using Tables = std::array<std::array<std::uint32_t, 256>, 8>;
+
+constexpr Tables make_tables() {
+  Tables tables{};
+  for (std::uint32_t i = 0; i < 256; ++i) {
+    std::uint32_t crc = i;
+    for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? 0x82F63B78u : 0);
+    tables[0][i] = crc;
+  }
+  for (int t = 1; t < 8; ++t)
+    for (std::uint32_t i = 0; i < 256; ++i)
+      tables[t][i] = tables[t - 1][i] >> 8 ^ tables[0][tables[t - 1][i] & 0xFF];
+  return tables;
+}
+
+constexpr Tables kTables = make_tables();
+
+std::uint32_t crc_by_table(std::uint32_t crc, const std::uint8_t* p, std::size_t bytes) {
+  for (; bytes >= 8; p += 8, bytes -= 8) {
+    const std::uint32_t low = crc ^ (p[0] | std::uint32_t(p[1]) << 8 | std::uint32_t(p[2]) << 16 |
+                                     std::uint32_t(p[3]) << 24);
+    crc = kTables[7][low & 0xFF] ^ kTables[6][low >> 8 & 0xFF] ^ kTables[5][low >> 16 & 0xFF] ^
+          kTables[4][low >> 24] ^ kTables[3][p[4]] ^ kTables[2][p[5]] ^ kTables[1][p[6]] ^
+          kTables[0][p[7]];
+  }
+  for (; bytes; ++p, --bytes) crc = crc >> 8 ^ kTables[0][(crc ^ *p) & 0xFF];
+  return crc;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("sse4.2"))) std::uint32_t crc_by_instruction(std::uint32_t crc,
+                                                                   const std::uint8_t* p,
+                                                                   std::size_t bytes) {
+  std::uint64_t wide = crc;
+  for (; bytes >= 8; p += 8, bytes -= 8) {
+    std::uint64_t word;
+    std::memcpy(&word, p, sizeof word);
+    wide = _mm_crc32_u64(wide, word);
+  }
+  crc = std::uint32_t(wide);
+  for (; bytes; ++p, --bytes) crc = _mm_crc32_u8(crc, *p);
+  return crc;
+}
+#endif
+
+}  // namespace
+
+std::uint32_t duck_atomic_add_u32(void* address, std::uint32_t value) {
+  return __atomic_fetch_add(static_cast<std::uint32_t*>(address), value, __ATOMIC_SEQ_CST);
+}
+
+std::uint32_t duck_crc32c(std::uint32_t crc, const void* data, std::size_t bytes) {
+  const auto* p = static_cast<const std::uint8_t*>(data);
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("sse4.2")) return ~crc_by_instruction(~crc, p, bytes);
+#endif
+  return ~crc_by_table(~crc, p, bytes);
+}
+
+void duck_bf16_from_f32(const float* from, std::uint16_t* to, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const std::uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    const bool nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+    to[i] = std::uint16_t(nan ? bits >> 16 | 0x40 : rounded);  // a NaN must not round to infinity
+  }
+}
+
+void duck_f32_from_bf16(const std::uint16_t* from, float* to, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint32_t bits = std::uint32_t(from[i]) << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}

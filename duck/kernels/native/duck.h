@@ -1,0 +1,94 @@
+// The C interface of the expert kernel: everything that Python calls, and nothing else.
+//
+// Functions return DUCK_OK or one of the codes below; none throws, and none writes outside the
+// arrays it is given, whatever the ids are. Pointers to arrays must be valid for the sizes that
+// the arguments imply: that is the one thing the kernel cannot check.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define DUCK_API extern "C" __attribute__((visibility("default")))
+
+enum duck_status : int {
+  DUCK_OK = 0,
+  DUCK_BAD_SHAPE = 1,     // a size, a format or an index that makes no sense
+  DUCK_NO_MEMORY = 2,
+  DUCK_NO_ISA = 3,        // not on this processor, or no such name
+  DUCK_NOT_A_NUMBER = 4,  // a weight or a scale that is NaN or infinite
+  DUCK_BAD_ID = 5,        // an expert id that is neither -1 nor below the number of experts
+  DUCK_TWICE = 6,         // one row names an expert twice
+  DUCK_NOT_LOADED = 7,    // an expert that was never packed
+};
+
+struct duck_pool;
+struct duck_experts;
+
+// The instruction set that would be used: `wanted` if this processor has it, the best one if
+// `wanted` is null; null if there is none of that name.
+DUCK_API const char* duck_isa(const char* wanted);
+
+// threads < 1: one for each processor this process may use. The thread that calls forward is one
+// of them. spin_us: how long a thread without work stays awake. pin: one processor a thread.
+DUCK_API duck_pool* duck_pool_create(int threads, int spin_us, int pin);
+DUCK_API int duck_pool_threads(const duck_pool* pool);
+DUCK_API void duck_pool_destroy(duck_pool* pool);
+
+// What one expert takes: bytes of its record, and floats of its scales.
+// format: 0 fp8 e4m3 with 128 x 128 scales, 1 bf16, 2 f32.
+DUCK_API std::size_t duck_record_bytes(int hidden, int columns, int format);
+DUCK_API std::size_t duck_scale_floats(int hidden, int columns, int format);
+
+DUCK_API int duck_experts_create(int layers, int experts, int hidden, int columns, int format,
+                                 const char* isa, duck_experts** out);
+DUCK_API void duck_experts_destroy(duck_experts* experts);
+DUCK_API std::size_t duck_experts_bytes(const duck_experts* experts);  // arena and scales
+
+// One expert's slice into its resident form, in memory of the caller's: duck_record_bytes and
+// duck_scale_floats. gate and up are [columns, hidden], down [hidden, columns], rows apart by the
+// given number of weights. `start`: the slice's first column in the whole intermediate dimension;
+// it decides where scale blocks begin. Scales (fp8 only): gate and up [blocks of columns,
+// ceil(hidden/128)], down [ceil(hidden/128), blocks of columns], contiguous, where the blocks of
+// columns are those the slice touches: start/128 .. (start+columns-1)/128.
+DUCK_API int duck_pack(int hidden, int columns, int format, int start,
+                       const void* gate, std::ptrdiff_t gate_stride,
+                       const void* up, std::ptrdiff_t up_stride,
+                       const void* down, std::ptrdiff_t down_stride,
+                       const float* gate_scale, const float* up_scale, const float* down_scale,
+                       std::uint8_t* record, float* scales);
+
+// Packs an expert where it belongs. Different experts may be loaded at the same time, but not while
+// forward uses them.
+DUCK_API int duck_experts_load(duck_experts* experts, int layer, int expert, int start,
+                               const void* gate, std::ptrdiff_t gate_stride,
+                               const void* up, std::ptrdiff_t up_stride,
+                               const void* down, std::ptrdiff_t down_stride,
+                               const float* gate_scale, const float* up_scale,
+                               const float* down_scale);
+
+// The same for packed bytes from elsewhere: written to where a layer's experts lie one after the
+// other, records and scales, and then adopted one by one. Adopting checks that they are numbers,
+// and may move some weights out of the record (resident.h): it happens once.
+DUCK_API std::uint8_t* duck_experts_records(duck_experts* experts, int layer);
+DUCK_API float* duck_experts_scales(duck_experts* experts, int layer);
+DUCK_API int duck_experts_adopt(duck_experts* experts, int layer, int expert, int start);
+
+// out[t] = sum over the experts e of row t, in ascending order of e, of
+//     down_e (silu(gate_e x[t]) * (up_e x[t]) * weight[t, e]),
+// all float32, row-major. ids: -1 for "no expert here". A row whose input or result is not finite
+// comes out as NaN. On an error out is untouched and *bad_row says which row was at fault.
+DUCK_API int duck_experts_forward(duck_experts* experts, duck_pool* pool, int layer, int rows,
+                                  int top_k, const float* x, const std::int32_t* ids,
+                                  const float* weights, float* out, int* bad_row);
+
+// Reads bytes of the arena once, from `offset`, with all threads: the bandwidth to compare with.
+DUCK_API std::uint64_t duck_experts_read(duck_experts* experts, duck_pool* pool,
+                                         std::size_t offset, std::size_t bytes);
+
+// What transports need and Python lacks: an atomic counter in shared memory (returns the value
+// before), a checksum (of the bytes that gave `crc`, followed by these), and bf16 rows (rounding
+// to nearest even; NaN stays NaN).
+DUCK_API std::uint32_t duck_atomic_add_u32(void* address, std::uint32_t value);
+DUCK_API std::uint32_t duck_crc32c(std::uint32_t crc, const void* data, std::size_t bytes);
+DUCK_API void duck_bf16_from_f32(const float* from, std::uint16_t* to, std::size_t count);
+DUCK_API void duck_f32_from_bf16(const std::uint16_t* from, float* to, std::size_t count);

@@ -1,0 +1,232 @@
+// See resident.h.
+#include "resident.h"
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "duck.h"
+
+namespace duck {
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t(2) << 20;
+
+bool finite(const std::uint8_t* p, std::size_t count) {
+  std::uint8_t bad = 0;
+  for (std::size_t i = 0; i < count; ++i) bad |= (p[i] & 0x7F) == 0x7F;
+  return !bad;
+}
+bool finite(const std::uint16_t* p, std::size_t count) {
+  std::uint16_t bad = 0;
+  for (std::size_t i = 0; i < count; ++i) bad |= (p[i] & 0x7F80) == 0x7F80;
+  return !bad;
+}
+bool finite(const std::uint32_t* p, std::size_t count) {
+  std::uint32_t bad = 0;
+  for (std::size_t i = 0; i < count; ++i) bad |= (p[i] & 0x7F800000u) == 0x7F800000u;
+  return !bad;
+}
+bool finite(const float* p, std::size_t count, float factor) {
+  for (std::size_t i = 0; i < count; ++i)
+    if (!std::isfinite(p[i] * factor)) return false;
+  return true;
+}
+
+// A matrix as a checkpoint has it: [rows, inputs], rows `stride` weights apart.
+struct Matrix {
+  const void* data;
+  std::ptrdiff_t stride;
+  int rows, inputs;
+
+  template <class T>
+  const T* row(int i) const { return static_cast<const T*>(data) + i * stride; }
+  template <class T>
+  bool all_finite() const {
+    for (int i = 0; i < rows; ++i)
+      if (!finite(row<T>(i), inputs)) return false;
+    return true;
+  }
+};
+
+// Into tiles; rows beyond the last are zero. T has the size of a weight.
+template <class T>
+std::uint8_t* pack_matrix(Format format, const Matrix& m, std::uint8_t* to) {
+  const int rows = m.rows, inputs = m.inputs;
+  for (int tile = 0; tile < div_up(rows, kTile); ++tile) {
+    T* out = reinterpret_cast<T*>(to) + std::size_t(tile) * inputs * kTile;
+    for (int k = 0; k < inputs; k += 64)  // a stretch of the tile that stays in L1
+      for (int r = 0; r < kTile; ++r) {
+        const int row = tile * kTile + r;
+        const T* in = row < rows ? m.row<T>(row) + k : nullptr;
+        const int end = inputs - k < 64 ? inputs - k : 64;
+        T* slot = out + std::size_t(k) * kTile + slot_of(format, r);
+        for (int i = 0; i < end; ++i, slot += kTile) *slot = in ? in[i] : T(0);
+      }
+  }
+  return to + std::size_t(div_up(rows, kTile)) * inputs * kTile * sizeof(T);
+}
+
+template <class T>
+int pack_record(const Shape& s, const Slice& slice, std::uint8_t* record) {
+  const Matrix gate{slice.gate, slice.gate_stride, s.columns, s.hidden};
+  const Matrix up{slice.up, slice.up_stride, s.columns, s.hidden};
+  const Matrix down{slice.down, slice.down_stride, s.hidden, s.columns};
+  for (const Matrix* m : {&gate, &up, &down})
+    if (!m->all_finite<T>()) return DUCK_NOT_A_NUMBER;
+  for (const Matrix* m : {&gate, &up, &down}) record = pack_matrix<T>(s.format, *m, record);
+  return DUCK_OK;
+}
+
+void pack_scales(const Shape& s, const Slice& slice, float* out) {
+  const int first_block = slice.start / kBlock, last = slice.start + s.columns - 1;
+  const int column_blocks = last / kBlock - first_block + 1;
+  for (const float* from : {slice.gate_scale, slice.up_scale})
+    for (int tile = 0; tile < s.tiles(); ++tile) {
+      // The blocks of the rows before and after the split; after the last column there is none.
+      const int row = slice.start + tile * kTile;
+      const int split = row + split_of(slice.start);
+      const int below = row / kBlock - first_block;
+      const int above = (split < last ? split : last) / kBlock - first_block;
+      for (int b = 0; b < s.blocks(); ++b, out += 2) {
+        out[0] = from[std::ptrdiff_t(below) * s.blocks() + b] * kScaleScale;
+        out[1] = from[std::ptrdiff_t(above) * s.blocks() + b] * kScaleScale;
+      }
+    }
+  for (int tile = 0; tile < s.down_tiles(); ++tile) {
+    const float* from = slice.down_scale + std::ptrdiff_t(tile * kTile / kBlock) * column_blocks;
+    for (int b = 0; b < s.down_blocks(); ++b, out += 2)
+      out[0] = out[1] = b < column_blocks ? from[b] * kScaleScale : 0.0f;
+  }
+}
+
+bool is_stray(std::uint8_t code) { return std::uint8_t((code & 0x7F) - 1) < 7; }
+
+// Whether one of 64 codes is a stray: eight at a time, for a slice that is loaded passes through
+// here at the speed of a disk. No sum carries into the next byte.
+bool has_stray(const std::uint8_t* codes) {
+  constexpr std::uint64_t kOnes = 0x0101010101010101u;
+  std::uint64_t found = 0;
+  for (int i = 0; i < kTile; i += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, codes + i, 8);
+    const std::uint64_t normal = (eight & kOnes * 0x78) + kOnes * 0x78;   // bit 7: exponent not 0
+    const std::uint64_t nonzero = (eight & kOnes * 0x07) + kOnes * 0x7F;  // bit 7: mantissa not 0
+    found |= ~normal & nonzero;
+  }
+  return found & kOnes * 0x80;
+}
+
+}  // namespace
+
+int pack(const Shape& s, const Slice& slice, std::uint8_t* record, float* scales) {
+  if (s.scaled()) {
+    const std::size_t column_blocks =
+        (slice.start + s.columns - 1) / kBlock - slice.start / kBlock + 1;
+    for (const float* from : {slice.gate_scale, slice.up_scale, slice.down_scale})
+      if (!finite(from, column_blocks * s.blocks(), kScaleScale)) return DUCK_NOT_A_NUMBER;
+  }
+  const int status = s.format == Format::fp8    ? pack_record<std::uint8_t>(s, slice, record)
+                     : s.format == Format::bf16 ? pack_record<std::uint16_t>(s, slice, record)
+                                                : pack_record<std::uint32_t>(s, slice, record);
+  if (status == DUCK_OK && s.scaled()) pack_scales(s, slice, scales);
+  return status;
+}
+
+Mapping::~Mapping() {
+  if (base_) munmap(base_, mapped_);
+}
+
+bool Mapping::map(std::size_t bytes) {
+  mapped_ = round_up(bytes, kHugePage) + kHugePage;  // room to align
+  void* base = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) return false;
+  base_ = base;
+  const auto address = reinterpret_cast<std::uintptr_t>(base);
+  data_ = static_cast<std::uint8_t*>(base) + (round_up(address, kHugePage) - address);
+#if defined(MADV_HUGEPAGE)
+  madvise(data_, round_up(bytes, kHugePage), MADV_HUGEPAGE);  // a refusal costs speed, no more
+#endif
+  return true;
+}
+
+void Strays::take(const Shape& s, std::uint8_t* record) {
+  list_.reset();
+  if (s.format != Format::fp8 || s.columns > kInputs) return;
+  const std::size_t bytes = s.record_bytes();
+  std::vector<std::size_t> places;
+  for (std::size_t at = 0; at < bytes; at += kTile)
+    if (has_stray(record + at))
+      for (std::size_t i = at; i < at + kTile; ++i)
+        if (is_stray(record[i])) {
+          places.push_back(i);
+          if (places.size() > bytes / 256) return;
+        }
+  if (places.empty()) return;
+
+  int row_of[kTile];
+  for (int row = 0; row < kTile; ++row) row_of[slot_of(s.format, row)] = row;
+  const int pieces = 2 * s.tiles() * s.chunks() + s.down_tiles();
+  list_.reset(new Stray[pieces + 1 + places.size()]);
+  std::uint32_t at = std::uint32_t(pieces + 1);
+  int piece = 0;
+  std::size_t begin = 0;  // of the piece, in the record
+  auto next = places.begin();
+  auto take_piece = [&](int inputs) {
+    list_[piece++].bits = at;
+    const std::size_t end = begin + std::size_t(inputs) * kTile;
+    for (; next != places.end() && *next < end; ++next) {
+      const std::uint32_t input = std::uint32_t((*next - begin) / kTile);
+      const std::uint32_t row = std::uint32_t(row_of[*next % kTile]);
+      list_[at++].bits = input << 14 | row << 8 | record[*next];
+      record[*next] = 0;
+    }
+    begin = end;
+  };
+  for (int tile = 0; tile < 2 * s.tiles(); ++tile)
+    for (int k = 0; k < s.hidden; k += kChunk)
+      take_piece(s.hidden - k < kChunk ? s.hidden - k : kChunk);
+  for (int tile = 0; tile < s.down_tiles(); ++tile) take_piece(s.columns);
+  list_[piece].bits = at;
+}
+
+bool Resident::allocate() {
+  if (double(records()) * double(shape.record_bytes()) >
+      double(std::numeric_limits<std::ptrdiff_t>::max() / 4))
+    return false;
+  start_.reset(new std::atomic<int>[records()]);
+  for (std::size_t i = 0; i < records(); ++i) start_[i].store(-1);
+  strays_.reset(new Strays[records()]);
+  return arena_.map(bytes());
+}
+
+int Resident::load(int layer, int expert, const Slice& slice) {
+  start_[index(layer, expert)].store(-1);
+  const int status = pack(shape, slice, record(layer, expert), scales(layer, expert));
+  if (status == DUCK_OK) settle(layer, expert, slice.start);
+  return status;
+}
+
+int Resident::adopt(int layer, int expert, int start) {
+  start_[index(layer, expert)].store(-1);
+  const std::uint8_t* p = record(layer, expert);
+  const std::size_t weights = shape.record_bytes() / weight_bytes(shape.format);
+  const bool good = shape.format == Format::fp8 ? finite(p, weights)
+                    : shape.format == Format::bf16
+                        ? finite(reinterpret_cast<const std::uint16_t*>(p), weights)
+                        : finite(reinterpret_cast<const std::uint32_t*>(p), weights);
+  if (!good || !finite(scales(layer, expert), shape.scale_floats(), 1.0f))
+    return DUCK_NOT_A_NUMBER;
+  settle(layer, expert, start);
+  return DUCK_OK;
+}
+
+void Resident::settle(int layer, int expert, int start) {
+  strays_[index(layer, expert)].take(shape, record(layer, expert));
+  start_[index(layer, expert)].store(start % kBlock, std::memory_order_release);
+}
+
+}  // namespace duck
