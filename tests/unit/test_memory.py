@@ -70,7 +70,7 @@ def test_no_room(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^4 ducks on one machine need 15\.5 GiB, 15\.1 GiB free"
     ):
-        memory.check_fits(15 * GIB, ducks=4, root=root)
+        memory.check_fits(15 * GIB, local=4, root=root)
 
 
 def test_huge_pages(tmp_path: Path) -> None:
