@@ -9,6 +9,8 @@ to stderr. Heavy modules are imported by the command that needs them: a duck mus
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -20,6 +22,7 @@ import duck
 from duck import log
 from duck.config import CHOICES, model_folder
 from duck.errors import ConfigError, DuckError
+from duck.wire import plain
 
 if TYPE_CHECKING:
     from duck.sampling import Sampling
@@ -30,27 +33,47 @@ PLANNED = ("serve", "bench", "trace", "plan", "doctor")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(argv)
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output went away (`duck generate ... | head`): nothing is wrong. Python
-        # would
-        # complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output went away (`duck generate ... | head`): nothing is wrong.
+        _drop_output()
         return 0
+    except OSError as error:
+        _drop_output()
+        _complain(f"cannot go on: {error.strerror or error}")
+        return 2
+
+
+def _drop_output() -> None:
+    """Stdout is of no more use; Python would say so once more when it flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(text: str) -> None:
+    """One line on stderr, whatever a file or a peer put into the text."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"duck: {plain(text)}\n")
+        sys.stderr.flush()
 
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
         words = sys.argv[1:] if argv is None else list(argv)
         if words and words[0] in PLANNED:
-            raise ConfigError(f"duck {words[0]} is not built yet; see duck --help for what is")
+            raise ConfigError(f"{words[0]} is not built yet; see duck --help for what is")
         arguments = _parser().parse_args(words)
         log.configure(arguments.log_level, json=arguments.json)
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
     except DuckError as error:
-        sys.stderr.write(f"duck: {error}\n")
+        _complain(str(error))
         return error.exit_code
 
 
@@ -248,8 +271,8 @@ def _prompt_of(arguments: argparse.Namespace) -> str | list[int]:
         return _ids(arguments.prompt_ids)
     if getattr(arguments, "prompt", None) is not None:
         return str(arguments.prompt)
-    name = getattr(arguments, "text_file", None) or arguments.prompt_file
-    return _read_text(name)
+    given = getattr(arguments, "text_file", None)
+    return _read_text(arguments.prompt_file if given is None else given)
 
 
 def _ids(text: str) -> list[int]:
@@ -260,6 +283,8 @@ def _ids(text: str) -> list[int]:
 
 
 def _read_text(name: str) -> str:
+    if not name:
+        raise ConfigError("the file's name is empty: give a path, or - for stdin")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return data.decode()
@@ -275,6 +300,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from duck import terminal
 
     options, sampling = engine_options(arguments), sampling_of(arguments)
+    if sampling.logprobs is not None and not arguments.json:
+        raise ConfigError("--logprobs is for machines: add --json")
     prompt = _prompt_of(arguments)
     return terminal.generate(
         arguments.model, prompt, sampling, options,
@@ -294,13 +321,23 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace) -> int:
     from duck import terminal
 
-    out = None if arguments.logits_out is None else Path(arguments.logits_out)
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--logits-out {out}: no such folder: {out.parent}")
+    out = None if arguments.logits_out is None else _output_file(arguments.logits_out)
     return terminal.score(
         arguments.model, _prompt_of(arguments), engine_options(arguments),
         mtp=arguments.mtp, out=out, as_json=arguments.json,
     )  # fmt: skip
+
+
+def _output_file(name: str) -> Path:
+    """A file that can be written, checked before the work is done."""
+    path = Path(name)
+    if not name or path.is_dir() or (path.exists() and not path.is_file()):
+        raise ConfigError(f"--logits-out {name!r} is no file: give the path of a file to write")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--logits-out {name}: no such folder: {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--logits-out {name}: may not be written")
+    return path
 
 
 def _node(arguments: argparse.Namespace) -> int:

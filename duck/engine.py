@@ -202,16 +202,18 @@ class Engine:
         ids = self.prompts.encode(prompt, chat=chat)
         session = session or self.session()
         limit = self.prompts.limit(len(ids), sampling.max_tokens)
-        session.reserve(len(ids) + min(limit, 256))
-        rest = session.rewind_to(ids)
-        run = _Run(self, sampling, len(ids), len(rest))
-        await self._pipeline.prefill(session, rest, run.meter)
-        async with aclosing(self._pipeline.decode(session, sampling, limit, run.meter)) as decode:
-            async for settled in decode:
-                piece = run.settle(settled.token, settled.logprobs, last=run.count + 1 == limit)
-                yield piece
-                if piece.finish_reason:
-                    return
+        with session.answering():
+            session.reserve(len(ids) + min(limit, 256))
+            rest = session.rewind_to(ids)
+            run = _Run(self, sampling, len(ids), len(rest))
+            await self._pipeline.prefill(session, rest, run.meter)
+            decode = self._pipeline.decode(session, sampling, limit, run.meter)
+            async with aclosing(decode):
+                async for settled in decode:
+                    piece = run.settle(settled.token, settled.logprobs, last=run.count + 1 == limit)
+                    yield piece
+                    if piece.finish_reason:
+                        return
 
     async def generate(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 
 from duck import wire
-from duck.errors import DuckLost
+from duck.errors import DuckLost, WireError
 from duck.placement import Plan
 from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Transport
 
@@ -41,6 +41,12 @@ class FlockAsk:
             for partial in partials[1:]:
                 total += wire.to_float32(partial)
             self.ducks_us = tuple(rows.stamps(duck) for duck in range(len(partials)))
+            if not np.isfinite(total).all():
+                bad = [d for d, partial in enumerate(partials) if not np.isfinite(partial).all()]
+                raise WireError(
+                    f"the answers at layer {ask.layer} do not add up to numbers; "
+                    f"not finite are those of ducks {bad or 'none alone'}"
+                )
         finally:
             ask.release()
         return total

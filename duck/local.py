@@ -39,7 +39,7 @@ class LocalDucks:
         environment.setdefault("OPENBLAS_NUM_THREADS", "1")
         command = [
             sys.executable, "-m", "duck", "node", "--listen", "127.0.0.1:0",
-            "--model", str(folder), "--parent", str(os.getpid()), "--json",
+            "--model", str(folder), "--parent", str(os.getpid()), "--json", "--log-level", "error",
             "--threads", str(threads_each(count)),
         ]  # fmt: skip
         ducks = cls([])

@@ -242,6 +242,7 @@ def run_node(
     library.native()  # compiled now if need be, not while a host waits
     assert (model is None) != (store is None)
     source = ModelSource(model) if model else StoreSource(store or Path())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the runner then replaces
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(Node(source, kernel), str(source), listen, parent is not None, as_json))
 

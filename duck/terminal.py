@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +35,7 @@ def _runner() -> Iterator[asyncio.Runner]:
         import uvloop
 
         factory = uvloop.new_event_loop
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the runner then replaces
     runner = asyncio.Runner(loop_factory=factory)
     try:
         yield runner
@@ -126,6 +128,7 @@ def stats_table(stats: Mapping[str, Any], finish_reason: str) -> Table:
     """The statistics of one answer as a table for people."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     drafts, accepted = stats["drafts_proposed"], stats["drafts_accepted"]
+    ducks = f"{stats['ducks']} duck{'s' * (stats['ducks'] > 1)}"
     share = f"{accepted} of {drafts} ({accepted / drafts:.0%})" if drafts else "none"
     rows = (
         ("prompt", f"{stats['prompt_tokens']} tokens, {stats['prefill_tok_s']:.1f} tok/s"),
@@ -133,7 +136,10 @@ def stats_table(stats: Mapping[str, Any], finish_reason: str) -> Table:
         ("first token", f"{stats['ttft_s'] * 1e3:.0f} ms"),
         ("decode", f"{stats['decode_tok_s']:.1f} tok/s, {stats['tpot_s'] * 1e3:.1f} ms a token"),
         ("drafts accepted", f"{share}, {stats['steps']} steps"),
-        ("flock", f"{stats['ducks']} ducks, {stats['transport']}, schedule {stats['schedule']}"),
+        (
+            "flock",
+            f"{ducks}, {stats['transport']}, schedule {stats['schedule']}",
+        ),
         ("busy", f"device {stats['device_busy']:.0%}, ducks {stats['ducks_busy']:.0%}"),
     )
     for name, value in rows:
@@ -181,12 +187,7 @@ async def _score(
         if mtp:
             tensors["mtp_logits"] = scored[1]
     if out is not None:
-        from safetensors.numpy import save_file
-
-        try:
-            save_file(tensors, out)
-        except OSError as error:
-            raise ConfigError(f"--logits-out {out}: {error}") from error
+        _save(tensors, out)
     chances = logits_to_logprobs(logits, ids)
     total = float(chances.sum())
     perplexity = math.exp(-total / len(chances))
@@ -206,6 +207,15 @@ async def _score(
     table.add_row("log-likelihood", f"{total:.4f}")
     table.add_row("perplexity", f"{perplexity:.4f}")
     Console().print(table)
+
+
+def _save(tensors: dict[str, np.ndarray], out: Path) -> None:
+    from safetensors.numpy import save
+
+    try:
+        out.write_bytes(save(tensors))
+    except OSError as error:
+        raise ConfigError(f"--logits-out {out}: {error.strerror}") from error
 
 
 # chat

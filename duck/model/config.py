@@ -19,6 +19,9 @@ SUPPORTED = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 """Values of `model_type` that this package runs; all are the same code with other flags."""
 
 
+MOST_LAYERS = 4096  # far above any model: a damaged file must not cost hours and all memory
+
+
 @dataclass(frozen=True)
 class Yarn:
     """YaRN's keys (arXiv 2309.00071), from `rope_scaling` or `rope_parameters`."""
@@ -114,6 +117,8 @@ class ModelConfig:
             )
         v2 = model_type == "deepseek_v2"
         layers = keys.integer("num_hidden_layers", least=1)
+        if layers > MOST_LAYERS:
+            raise keys.error("num_hidden_layers", f"{layers} is more than {MOST_LAYERS}")
         config = cls(
             model_type=model_type,
             vocab_size=keys.integer("vocab_size", least=1),

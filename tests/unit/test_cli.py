@@ -60,7 +60,7 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "cannot reach duck 0"),
         (("score", "MODEL", "--prompt-ids", "1"), "at least two"),
         (("score", "MODEL", *IDS, "--logits-out", "no/dir/x"), "no such folder: no/dir"),
-        (("serve", "MODEL"), "duck serve is not built yet"),
+        (("serve", "MODEL"), "serve is not built yet"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
         (("node", "--listen", "127.0.0.1", "--model", "MODEL"), "want HOST:PORT"),
         (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
@@ -166,3 +166,33 @@ def test_flock_toml(capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: P
         _code, _out, err = run(capfd, "generate", folder, *IDS, "--ducks", file)
         assert found in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("score", "MODEL", "--text-file", ""), "name is empty"),
+        (("score", "MODEL", *IDS, "--logits-out", ""), "is no file"),
+        (("score", "MODEL", *IDS, "--logits-out", "/dev/null"), "is no file"),
+        (("score", "MODEL", *IDS, "--logits-out", "/"), "is no file"),
+        (("generate", "MODEL", *IDS, "--ducks", "local:" + "9" * 5000), "N of 1..64"),
+        (("generate", "MODEL", *IDS, "--ducks", "h:" + "9" * 5000), "want HOST:PORT"),
+        (("generate", "x" * 5000, *IDS), "File name too long"),
+        (("generate", "", *IDS), "MODEL is empty"),
+        (("generate", "MODEL", *IDS, "--logprobs", "2"), "add --json"),
+    ],
+    ids=range(9),
+)
+def test_stranger_mistakes_too(
+    capfd: pytest.CaptureFixture[str], folder: Path, words: tuple[str, ...], found: str
+) -> None:
+    test_mistakes_are_one_line(capfd, folder, words, found)
+
+
+def test_what_files_say_does_nothing_to_the_terminal(
+    capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "flock.toml"
+    file.write_text('[[duck]]\nname = "a\\u001b[31m\\nb"\naddress = "127.0.0.1:1"\n')
+    code, _, err = run(capfd, "generate", folder, *IDS, "--ducks", file)
+    assert (code, err.count("\n"), "\x1b" in err) == (3, 1, False)

@@ -238,3 +238,15 @@ async def test_unknown_option(folder: Path) -> None:
     with pytest.raises(duck.ConfigError, match="duckz"):
         async with Engine.open(folder, duckz="local:2"):
             pass
+
+
+async def test_a_session_gives_one_answer_at_a_time(folder: Path) -> None:
+    async with Engine.open(folder, ducks="local:1", transport="loopback") as engine:
+        session = engine.session()
+        first = engine.stream(PROMPT, GREEDY, session=session)
+        await anext(first)
+        with pytest.raises(duck.ConfigError, match="answering already"):
+            await engine.generate(PROMPT, GREEDY, session=session)
+        await first.aclose()
+        again = await engine.generate(PROMPT, GREEDY, session=session)
+        assert again.token_ids == (await engine.generate(PROMPT, GREEDY)).token_ids
