@@ -26,6 +26,7 @@ class FlockAsk:
 
         Raises:
             DuckLost, TransportClosed: there is no sum.
+            WireError: it is not finite.
         """
         ask = self._ask
         try:
@@ -38,14 +39,16 @@ class FlockAsk:
         try:
             partials = rows.partials(ask.count)
             total: np.ndarray = np.array(wire.to_float32(partials[0]))
-            for partial in partials[1:]:
-                total += wire.to_float32(partial)
+            with np.errstate(over="ignore", invalid="ignore"):  # we look at the sum below
+                for partial in partials[1:]:
+                    total += wire.to_float32(partial)
             self.ducks_us = tuple(rows.stamps(duck) for duck in range(len(partials)))
             if not np.isfinite(total).all():
-                bad = [d for d, partial in enumerate(partials) if not np.isfinite(partial).all()]
+                finite = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
+                bad = [str(duck) for duck, good in enumerate(finite) if not good]
                 raise WireError(
-                    f"the answers at layer {ask.layer} do not add up to numbers; "
-                    f"not finite are those of ducks {bad or 'none alone'}"
+                    f"the answers at layer {ask.layer} do not add up to numbers: "
+                    + (f"not finite from duck {', '.join(bad)}" if bad else "the sum overflows")
                 )
         finally:
             ask.release()

@@ -152,6 +152,10 @@ class Run:
 
         return _wait(probe, left=lambda: f"for {text!r}; alive={self.alive()} {self.said()}")
 
+    def wait_for_text(self) -> None:
+        """Wait until the answer has begun."""
+        wait_until(lambda: bool((self._out / "stdout").stat().st_size))
+
 
 def _files(out: Path) -> tuple[int, int]:
     out.mkdir(parents=True, exist_ok=True)
@@ -185,15 +189,16 @@ def _main(words: list[str], mark: str, out: Path) -> None:
         os.dup2(file, number)
         os.close(file)
     os.environ[MARK] = mark
-    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.argv = ["duck", *words]
     from duck.__main__ import main
 
-    sys.argv = ["duck", *words]
+    (out / "started").touch()
     sys.exit(main())
 
 
 def warm_up() -> None:
     """Start the process that `start_warm` forks from. Before a mark is set, or it inherits it."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # it keeps the value of its start
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["duck.terminal", __name__])
     multiprocessing.forkserver.ensure_running()
@@ -207,4 +212,5 @@ def start_warm(processes: Marked, out: Path, *words: str | Path) -> Run:
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_main, args=([*map(str, words)], mark, out))
     process.start()
+    wait_until((out / "started").exists)
     return Run(processes, process, out)

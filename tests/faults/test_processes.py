@@ -80,7 +80,7 @@ def test_a_duck_is_lost_in_the_middle_of_an_answer(
     processes: Marked, folder: Path, tmp_path: Path, how: signal.Signals, start: Any, reason: str
 ) -> None:
     host = start(processes, tmp_path, "generate", folder, *ENDLESS)
-    host.wait_for(" ", "stdout")
+    host.wait_for_text()
     victim = processes.ducks()[1]
     begun = time.monotonic()
     os.kill(victim, how)
@@ -187,7 +187,7 @@ def test_ducks_end_when_their_host_is_killed(
     host = start_warm(processes, tmp_path, "generate", folder, *ENDLESS)
     ducks = processes.wait_for_ducks(2)
     if when == "answering":
-        host.wait_for(" ", "stdout")
+        host.wait_for_text()
         os.kill(ducks[0], signal.SIGSTOP)
     host.signal(signal.SIGKILL)
     assert host.wait() == -signal.SIGKILL
@@ -202,7 +202,7 @@ def test_ctrl_c_at_any_moment(processes: Marked, folder: Path, tmp_path: Path) -
     command = ("generate", folder, *ENDLESS, "--ducks", "local:1")
     begun = time.monotonic()
     host = start_warm(processes, tmp_path, *command)
-    host.wait_for(" ", "stdout")
+    host.wait_for_text()
     first_text = time.monotonic() - begun
     _interrupt(processes, host, f"{first_text:.3f} s, with the first text")
     moments = random.Random(20)
@@ -330,7 +330,7 @@ async def test_a_node_keeps_its_slice_for_the_next_host(
     dying = start_warm(
         processes, tmp_path / "dying", "generate", folder, *ENDLESS, "--ducks", address
     )
-    dying.wait_for(" ", "stdout")
+    dying.wait_for_text()
     dying.signal(signal.SIGKILL)
     dying.wait()
     async with duck.Engine.open(folder, ducks=address) as engine:
