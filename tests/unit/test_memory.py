@@ -67,10 +67,8 @@ def test_no_room(tmp_path: Path) -> None:
         memory.check_fits(int(21.8 * GIB) - memory.OVERHEAD_BYTES, root=root)
     memory.check_fits(int(21.8 * GIB), given_back_bytes=7 * GIB, root=root)
     memory.check_fits(14 * GIB, root=root)
-    with pytest.raises(
-        ConfigError, match=r"^4 ducks on one machine need 15\.5 GiB, 15\.1 GiB free"
-    ):
-        memory.check_fits(15 * GIB, ducks=4, root=root)
+    with pytest.raises(ConfigError, match=r"^the ducks on this machine need 15\.5 GiB, 15\.1 Gi"):
+        memory.check_fits(15 * GIB, local=4, root=root)
 
 
 def test_huge_pages(tmp_path: Path) -> None:
