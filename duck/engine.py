@@ -25,12 +25,12 @@ from duck.device import Device, limit_threads
 from duck.errors import ConfigError
 from duck.flock import Flock
 from duck.kernels import library
-from duck.local import LocalDucks
+from duck.local import LocalDucks, threads_each
 from duck.model.config import ModelConfig
 from duck.model.tokenizer import StopScanner, TextStream
 from duck.model.transformer import Transformer
 from duck.model.weights import Checkpoint, experts_digest
-from duck.node import Node, shared
+from duck.node import Kernel, Node
 from duck.pipeline import PREFILL_ROWS, Meter, Pipeline, overlap_efficiency
 from duck.placement import Plan
 from duck.prompts import Prompt, Prompts
@@ -158,8 +158,8 @@ class Engine:
             model = await _load(read)
             transport: Transport
             if in_process:
-                source = ModelSource(folder)
-                transport = LoopbackTransport([Node(source, shared(len(slices))) for _ in slices])
+                source, kernel = ModelSource(folder), Kernel(threads_each(len(slices)))
+                transport = LoopbackTransport([Node(source, kernel) for _ in slices])
             else:
                 addresses, labels = ducks.addresses, ducks.labels
                 if local:

@@ -17,6 +17,13 @@ START_S = 30.0
 END_S = 5.0
 
 
+def threads_each(ducks: int) -> int:
+    """How many threads each of so many ducks may have: no more in all than processors."""
+    usable = getattr(os, "sched_getaffinity", None)
+    processors = len(usable(0)) if usable else os.cpu_count() or 1
+    return max(1, processors // ducks)
+
+
 class LocalDucks:
     """N `duck node` processes listening on loopback ports; `stop` ends and reaps them."""
 
@@ -33,7 +40,7 @@ class LocalDucks:
         command = [
             sys.executable, "-m", "duck", "node", "--listen", "127.0.0.1:0",
             "--model", str(folder), "--parent", str(os.getpid()), "--json", "--log-level", "error",
-            "--threads", str(max(1, (os.cpu_count() or 1) // count)),
+            "--threads", str(threads_each(count)),
         ]  # fmt: skip
         ducks = cls([])
         try:

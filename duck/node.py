@@ -34,6 +34,9 @@ from duck.slices import Arena, ModelSource, Source, StoreSource, adopt, slice_of
 from duck.transports.base import Loading
 from duck.transports.tcp import TcpDuckEnd
 
+# A smaller arena lies in caches anyway, whatever its pages.
+SMALL_ARENA_BYTES = 64 << 20
+
 _log = structlog.get_logger(__name__)
 
 
@@ -44,11 +47,6 @@ class Kernel:
     threads: int = 0  # 0: one for each processor
     spin_us: int = SPIN_US
     pin: bool = False
-
-
-def shared(ducks: int) -> Kernel:
-    """For so many ducks on this machine: together no more threads than processors."""
-    return Kernel(threads=max(1, (os.cpu_count() or 1) // ducks))
 
 
 @dataclass
@@ -82,9 +80,9 @@ class Node:
         """Hold this plan's slice, loading off the event loop what is not in memory already."""
         begun = time.perf_counter()
         want = await _in_thread(lambda _: slice_of(plan, duck))
-        self._source.check(want)
         held = self._held
         if held is None or held.want != want:
+            self._source.check(want)
             self._check_fits(want.nbytes, held.arena.nbytes if held else 0)
             # Give the old slice back before the new one is read: both may not fit.
             self._held = held = None
@@ -174,9 +172,9 @@ class _Load:
 
         writer = await _in_thread(lambda _: source.receive(want, layer, arena))
         kept = writer.nbytes
+        self._read(kept)
         try:
             await send()
-            self.read_bytes += kept
         except WeightsError:
             if not kept:
                 raise
@@ -189,7 +187,7 @@ class _Load:
 def _warn_of_small_pages(resident_bytes: int) -> None:
     """Weights on small pages cost a duck a good part of its bandwidth: its owner should know."""
     huge = memory.huge_bytes()
-    if huge is not None and resident_bytes >= 64 << 20 and huge < 0.9 * resident_bytes:
+    if huge is not None and resident_bytes >= SMALL_ARENA_BYTES and huge < 0.9 * resident_bytes:
         _log.warning(
             "few_huge_pages", huge_bytes=huge, resident_bytes=resident_bytes,
             remedy="echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or free memory",

@@ -56,7 +56,7 @@ class Source(Protocol):
         ...
 
     def has(self, want: Slice) -> Collection[int]:
-        """The layers that it can read."""
+        """The layers that it can read now; raises as `check`."""
         ...
 
     def load(
@@ -145,10 +145,11 @@ class StoreSource:
         return f"store {self.store.folder} ({held or 'empty'})"
 
     def check(self, want: Slice) -> None:
-        self.store = Store(self.store.folder)  # duck pack may have been here since
         self.store.check(want)
 
     def has(self, want: Slice) -> Collection[int]:
+        self.store = Store(self.store.folder)  # duck pack may have been here since
+        self.store.check(want)
         return self.store.whole().keys() & set(want.layers)
 
     def load(

@@ -1,4 +1,4 @@
-"""A duck's slice on disk, as it lies in memory: loading it is reading and hashing.
+"""A duck's slice on disk, in its resident form: loading it is reading and hashing.
 
     DIR/manifest.json                  which slice this is; file, bytes and sha256 of every layer
     DIR/layer-00003.safetensors        "records" U8 [experts, bytes], "scales" F32 [experts, floats]

@@ -29,6 +29,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_scale_floats": (c_size_t, [c_int] * 3),
     "duck_pack": (c_int, [*[c_int] * 4, *_SLICE, c_void_p, c_void_p]),
     "duck_experts_create": (c_int, [*[c_int] * 5, c_char_p, ctypes.POINTER(c_void_p)]),
+    "duck_experts_use": (c_int, [c_void_p, c_char_p]),
     "duck_experts_destroy": (None, [c_void_p]),
     "duck_experts_bytes": (c_size_t, [c_void_p]),
     "duck_experts_load": (c_int, [c_void_p, c_int, c_int, c_int, *_SLICE]),

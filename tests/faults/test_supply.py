@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from duck.engine import Engine
 from duck.errors import ConfigError, DuckError, TransportError, WeightsError, WireError
@@ -531,6 +532,24 @@ async def test_tokens_are_the_same_wherever_slices_come_from(
             for _ in range(2):
                 assert await tokens(ducks=",".join(addresses)) == expected
     assert warm[1:] == [[False, False], [True, True]] * 2
+
+
+@pytest.mark.parametrize(("huge", "events"), [(0, 1), (60 << 20, 0), (None, 0)])
+async def test_small_pages_are_told(
+    packed: list[Path],
+    agreed: tuple[Checkpoint, Plan],
+    monkeypatch: pytest.MonkeyPatch,
+    huge: int | None,
+    events: int,
+) -> None:
+    monkeypatch.setattr("duck.memory.huge_bytes", lambda: huge)
+    monkeypatch.setattr("duck.node.SMALL_ARENA_BYTES", 1 << 20)
+    node = Node(StoreSource(packed[0]))
+    for _ in range(2):  # the second time nothing is loaded
+        with capture_logs() as log:
+            await node.attach(agreed[1], 0, Quiet())
+        assert [event["event"] for event in log].count("few_huge_pages") == events
+        events = 0
 
 
 async def test_what_was_loaded_before_an_error_stays(

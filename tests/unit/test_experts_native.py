@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duck.errors import ConfigError, WeightsError
-from duck.kernels import build, fp8, library
+from duck.kernels import bench, build, fp8, library
 from duck.kernels.experts import NativeExperts, Sizes, available_isas, pack, resident_for
 from duck.model.weights import ExpertWeights
 
@@ -627,3 +627,28 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_an_existing_library_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.find_library().name == build.library_name()
+
+
+def test_bench() -> None:
+    small = bench.Shape("small", 256, 64, 8, 2)
+    said: list[str] = []
+    report = bench.bench_kernel(
+        isas=ISAS[:1],
+        threads=[1],
+        shapes=[small],
+        rows=(1, 3),
+        memory_gib=0.002,
+        repeats=2,
+        note=said.append,
+    )
+    assert [row["rows"] for row in report["rows"]] == [1, 3]
+    for row in report["rows"]:
+        assert row["ratio"] > 0
+        assert row["gb_s"] == pytest.approx(row["ratio"] * row["stream_gb_s"], rel=0.9)
+    assert report["rows"][0]["hot_gw_s"] > 0
+    assert report["stream"][0]["threads"] == 1
+    text = bench.tables(report)
+    assert f"small             {ISAS[0]}" in text
+    assert any("rows 3" in line for line in said)
+    with pytest.raises(ConfigError, match=r"small takes .* allowed are 0\.0001"):
+        bench.bench_kernel(shapes=[small], memory_gib=0.0001)

@@ -41,6 +41,7 @@ DUCK_API std::size_t duck_scale_floats(int hidden, int columns, int format);
 
 DUCK_API int duck_experts_create(int layers, int experts, int hidden, int columns, int format,
                                  const char* isa, duck_experts** out);
+DUCK_API int duck_experts_use(duck_experts* experts, const char* isa);  // from now on
 DUCK_API void duck_experts_destroy(duck_experts* experts);
 DUCK_API std::size_t duck_experts_bytes(const duck_experts* experts);  // arena and scales
 

@@ -408,6 +408,16 @@ int duck_experts_create(int layers, int experts, int hidden, int columns, int fo
   });
 }
 
+int duck_experts_use(duck_experts* e, const char* isa) {
+  const Isa* found = find_isa(isa);
+  if (!found) return DUCK_NO_ISA;
+  return guarded([&] {
+    const std::scoped_lock lock(e->busy);
+    e->isa = found;
+    return DUCK_OK;
+  });
+}
+
 void duck_experts_destroy(duck_experts* experts) { delete experts; }
 
 std::size_t duck_experts_bytes(const duck_experts* e) { return e->resident.bytes(); }

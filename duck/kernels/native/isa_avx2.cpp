@@ -62,21 +62,23 @@ struct Fp8 {
   static constexpr int kRowBytes = kTile;
   static constexpr int kUpper = 0;
   static constexpr bool kScaled = true;
+  static constexpr bool kParity = true;
   static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 32 * (strip / 2); }
   static constexpr int row(int strip, int i) { return 32 * (strip / 2) + 8 * (strip % 2) + 16 * i; }
 
   // Bytes 0 and 2 of each 32-bit lane (even), or 1 and 3 (odd): the sign spread over the top five
-  // bits, the magnitude below it; the mask keeps one sign bit and drops the neighbour byte.
+  // bits, the magnitude below it; the mask keeps one sign bit and drops the neighbour byte. Moving
+  // whole bytes (bslli) is work for another port than shifting bits, and fma leaves that one free.
   static constexpr int kMask = int(0x87F00000u);
   static void even(const std::uint8_t* p, V* f) {
     const __m256i v = _mm256_srai_epi16(_mm256_slli_epi16(load_bytes(p), 8), 4);
-    f[0] = masked(_mm256_slli_epi32(v, 16), kMask);
+    f[0] = masked(_mm256_bslli_epi128(v, 2), kMask);
     f[1] = masked(v, kMask);
   }
   static void odd(const std::uint8_t* p, V* f) {
     const __m256i v = _mm256_srai_epi16(load_bytes(p), 4);
-    f[0] = masked(_mm256_slli_epi32(v, 16), kMask);
+    f[0] = masked(_mm256_bslli_epi128(v, 2), kMask);
     f[1] = masked(v, kMask);
   }
 };
@@ -85,6 +87,7 @@ struct Bf16 {
   static constexpr int kRowBytes = 2 * kTile;
   static constexpr int kUpper = 0;
   static constexpr bool kScaled = false;
+  static constexpr bool kParity = false;
   static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 32 * strip; }
   static constexpr int row(int strip, int i) { return 16 * strip + 8 * i; }
@@ -100,6 +103,7 @@ struct F32 {
   static constexpr int kRowBytes = 4 * kTile;
   static constexpr int kUpper = 0;
   static constexpr bool kScaled = false;
+  static constexpr bool kParity = false;
   static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 64 * strip; }
   static constexpr int row(int strip, int i) { return 16 * strip + 8 * i; }

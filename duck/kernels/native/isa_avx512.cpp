@@ -70,6 +70,7 @@ struct Fp8 {
   static constexpr int kRowBytes = kTile;
   static constexpr int kUpper = 32;
   static constexpr bool kScaled = true;
+  static constexpr bool kParity = true;
   static constexpr bool kPrefetch = true;
   static constexpr int at(int) { return 0; }
   static constexpr int row(int strip, int i) { return 8 * strip + 16 * i; }
@@ -78,12 +79,12 @@ struct Fp8 {
   static constexpr int kMask = int(0x87F00000u);
   static void even(const std::uint8_t* p, V* f) {
     const __m512i v = _mm512_srai_epi16(_mm512_slli_epi16(load_bytes(p), 8), 4);
-    f[0] = masked(_mm512_slli_epi32(v, 16), kMask);
+    f[0] = masked(_mm512_bslli_epi128(v, 2), kMask);
     f[1] = masked(v, kMask);
   }
   static void odd(const std::uint8_t* p, V* f) {
     const __m512i v = _mm512_srai_epi16(load_bytes(p), 4);
-    f[0] = masked(_mm512_slli_epi32(v, 16), kMask);
+    f[0] = masked(_mm512_bslli_epi128(v, 2), kMask);
     f[1] = masked(v, kMask);
   }
 };
@@ -92,6 +93,7 @@ struct Bf16 {
   static constexpr int kRowBytes = 2 * kTile;
   static constexpr int kUpper = 16;
   static constexpr bool kScaled = false;
+  static constexpr bool kParity = false;
   static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 64 * strip; }
   static constexpr int row(int strip, int i) { return 32 * strip + 8 * i; }
@@ -107,6 +109,7 @@ struct F32 {
   static constexpr int kRowBytes = 4 * kTile;
   static constexpr int kUpper = 8;
   static constexpr bool kScaled = false;
+  static constexpr bool kParity = false;
   static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 128 * strip; }
   static constexpr int row(int strip, int i) { return 32 * strip + 16 * i; }
@@ -130,7 +133,9 @@ std::uint64_t read(const std::uint8_t* p, std::size_t bytes) {
   }
   const __m512i all = _mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]),
                                        _mm512_xor_si512(sum[2], sum[3]));
-  return std::uint64_t(_mm512_reduce_add_epi64(all));
+  std::uint64_t words[8];
+  std::memcpy(words, &all, sizeof words);
+  return words[0] ^ words[7];
 }
 
 }  // namespace
