@@ -56,6 +56,17 @@ class Cut:
         whole = min(mtu, 9000) - _PACKET_OVERHEAD - wire.HEADER_BYTES
         return cls(whole // 16 * 16)
 
+    @classmethod
+    def agreed(cls, payload_bytes: int) -> Cut:
+        """The cut that a peer proposes.
+
+        Raises:
+            WireError: it makes no sense.
+        """
+        if payload_bytes % 16 or not 512 <= payload_bytes <= 8928:
+            raise WireError(f"datagrams of {payload_bytes} bytes: want 512 to 8928, 16 by 16")
+        return cls(payload_bytes)
+
     @property
     def datagram_bytes(self) -> int:
         return wire.HEADER_BYTES + self.payload_bytes
@@ -499,7 +510,7 @@ class DuckHalf:
     """
 
     PARTS = 16  # asks in pieces at a time
-    WORKING = 64  # asks that wait or are computed
+    WORKING = 128  # asks that wait or are computed; more than a duck takes from one host
     ANSWERS = 32  # that are kept, and their bytes
     ANSWER_BYTES = 8 << 20
     CANCELLED = 64
@@ -559,17 +570,16 @@ class DuckHalf:
         del self._parts[ticket]
         return part.message
 
-    def took(self, header: wire.Header) -> bool:
-        """The ask is good, and is going to be computed; False when too many are already."""
-        if len(self._working) >= self.WORKING:
-            self.counts.limited += 1
-            return False
+    def took(self, header: wire.Header) -> None:
+        """The ask is good, and is going to be computed."""
         ticket = header.ticket
         self._working[ticket] = header.fragments
+        if len(self._working) > self.WORKING:
+            # Whoever computes drops what its host waits for no longer, and does not tell us.
+            del self._working[next(iter(self._working))]
         self._tails.pop(ticket, None)
         if self._newest is None or 0 < _ahead(ticket, self._newest) < 1 << 31:
             self._newest = ticket
-        return True
 
     def failed(self, header: wire.Header) -> None:
         """The ask failed its check: it has to come again."""

@@ -14,8 +14,9 @@ Data plane, little-endian, one header before every frame:
     answer  queue_us u32 | compute_us u32 | 8 bytes zero | partial sums [T, H] in the answer dtype
     nack    which fragments of the answer are missing: a bitmap, bit 0 of byte 0 is fragment 0
     rnack   the same of the ask; all zero: it is whole and waits; empty: nothing is known of it
-    ping    u16 which duck it is for (0xFFFF: all), then zeros up to the size to be tried
-    pong    as long as its ping; both carry the ping's number as ticket
+    ping    u16 which duck it is for (0xFFFF: all) | u16 payload bytes of all datagrams from now on
+            (0: it is a trial) | zeros up to the size that is tried; its ticket counts the pings
+    pong    the ping's own bytes and ticket
 
 In datagrams every fragment of an ask or answer but the last is of one size, and all carry the
 checksum of the whole message (with fragment and offset 0): it is checked once, where the message
@@ -239,7 +240,8 @@ def answer_frames(message_bytes: int) -> Iterator[tuple[int, int, int, int]]:
 
 _FRAGMENT = struct.Struct("<H")
 _OFFSET = struct.Struct("<I")
-_PING = struct.Struct("<H")
+_PING = struct.Struct("<HH")
+PING_BYTES = _PING.size
 
 
 def datagrams(
@@ -298,21 +300,25 @@ def unpack_missing(payload: bytes | memoryview, fragments: int) -> int:
     return missing
 
 
-def pack_ping(duck: int, size: int) -> bytes:
-    """The body of a PING of `size` bytes (at least 2) for one duck, or for all (`HOST`)."""
-    return _PING.pack(duck).ljust(size, b"\0")
+def pack_ping(duck: int, use: int, size: int) -> bytes:
+    """The body of a PING.
+
+    duck: which one it is for, `HOST`: all. use: payload bytes of datagrams from now on, or 0.
+    size: of the body, at least `PING_BYTES`.
+    """
+    return _PING.pack(duck, use).ljust(size, b"\0")
 
 
-def unpack_ping(payload: bytes | memoryview) -> int:
-    """Which duck a PING is for.
+def unpack_ping(payload: bytes | memoryview) -> tuple[int, int]:
+    """Which duck a PING is for, and the payload bytes of datagrams from now on.
 
     Raises:
         WireError: it does not say.
     """
-    if len(payload) < _PING.size:
-        raise WireError(f"PING of {len(payload)} bytes")
-    duck: int = _PING.unpack_from(payload)[0]
-    return duck
+    if len(payload) < PING_BYTES:
+        raise WireError(f"PING of {len(payload)} bytes, want {PING_BYTES} or more")
+    duck, use = _PING.unpack_from(payload)
+    return duck, use
 
 
 # --- bfloat16 <-> float32 on plain numpy

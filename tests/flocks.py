@@ -21,6 +21,7 @@ from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
+from duck.transports.multicast import MulticastDuckPlane, MulticastPlane, MulticastTransport
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
 
 WAIT_S = 20.0  # what a test waits for comes at once, or never
@@ -96,7 +97,8 @@ async def listening(
 ) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    end = ListeningDuck(listen, ready.set_result, [TcpDuckPlane()])
+    plane = TcpDuckPlane()
+    end = ListeningDuck(listen, ready.set_result, [plane, MulticastDuckPlane(plane)])
     serving = asyncio.create_task(end.serve(handler))
     try:
         await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")
@@ -120,8 +122,23 @@ async def tcp(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]
         yield transport
 
 
+@contextlib.asynccontextmanager
+async def multicast(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
+    """Ducks behind ports of this machine, in a group on its loopback interface.
+
+    With the packets of an Ethernet, so that messages are cut.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        ends = [await stack.enter_async_context(listening(duck)) for duck in ducks]
+        addresses = [address for address, _ in ends]
+        transport = MulticastTransport(addresses, plane=MulticastPlane(mtu=1500))
+        stack.push_async_callback(transport.close)
+        await transport.start(plan)
+        yield transport
+
+
 # Every transport that keeps the contract; each is tested by the same suite.
-MAKERS = {"loopback": loopback, "tcp": tcp}
+MAKERS = {"loopback": loopback, "tcp": tcp, "multicast": multicast}
 
 
 @dataclass

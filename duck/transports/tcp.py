@@ -38,7 +38,7 @@ class TcpPlane:
         self._flock = flock
         self._links: dict[int, Link] = {}
 
-    def offer(self, duck: int) -> Mapping[str, Any]:
+    def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
         return {}
 
     async def connect(self, duck: int, welcome: Welcome) -> None:

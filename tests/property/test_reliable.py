@@ -224,7 +224,8 @@ class Duck:
             return
         if not wire.check_message(header, message):
             self.half.failed(header)
-        elif self.half.took(header):
+        else:
+            self.half.took(header)
             size = len(self.world.host.rows[header.ticket][0])
             answer = expected(self.number, bytes(message), size)
             self.computed.append(header.ticket)
@@ -456,7 +457,7 @@ def test_stale_tickets_are_dropped_also_around_the_end_of_the_numbers() -> None:
         if half.ask(Run(head, 1, 20), 0.0) is None:
             return False
         assert half.take(ticket) is not None
-        assert half.took(head)
+        half.took(head)
         half.answered(ticket, 20, 0.0)
         return True
 
