@@ -494,10 +494,10 @@ class _Part:
 
 
 class _Answered:
-    __slots__ = ("fragments", "nbytes", "sent_at")
+    __slots__ = ("fragments", "nbytes", "resent_at")
 
-    def __init__(self, fragments: int, nbytes: int, now: float) -> None:
-        self.fragments, self.nbytes, self.sent_at = fragments, nbytes, now
+    def __init__(self, fragments: int, nbytes: int) -> None:
+        self.fragments, self.nbytes, self.resent_at = fragments, nbytes, -math.inf
 
 
 class DuckHalf:
@@ -586,14 +586,14 @@ class DuckHalf:
         self.counts.corrupt += 1
         self._tails[header.ticket] = header.layer
 
-    def answered(self, ticket: int, nbytes: int, now: float) -> list[int]:
+    def answered(self, ticket: int, nbytes: int) -> list[int]:
         """The answer is there and is sent now: tickets whose kept answers are to be dropped.
 
         nbytes: of the message. An answer that is not to be kept is among them.
         """
         if self._working.pop(ticket, None) is None:
             return [ticket]  # cancelled meanwhile
-        self._answers[ticket] = _Answered(self._cut.fragments(nbytes), nbytes, now)
+        self._answers[ticket] = _Answered(self._cut.fragments(nbytes), nbytes)
         self._kept_bytes += nbytes
         gone = []
         while len(self._answers) > self.ANSWERS or (
@@ -633,10 +633,10 @@ class DuckHalf:
         return self._resend(header.ticket, answered, missing, now)
 
     def _resend(self, ticket: int, answered: _Answered, missing: int, now: float) -> Send | None:
-        if now - answered.sent_at < FLOOR_S / 2:  # a forged or doubled request costs no more
+        if now - answered.resent_at < FLOOR_S / 2:  # a forged or doubled request costs no more
             self.counts.limited += 1
             return None
-        answered.sent_at = now
+        answered.resent_at = now
         self.counts.resent += missing.bit_count()
         return Send(wire.Kind.ANSWER, EVERYONE, ticket, missing)
 

@@ -678,7 +678,7 @@ class MulticastFeed:
             return
         self._sockets[0].send(train, self._cut.datagram_bytes, self._where.host)
         self._kept[ticket] = (train, layer)
-        for gone in self._half.answered(ticket, nbytes, self._loop.time()):
+        for gone in self._half.answered(ticket, nbytes):
             self._kept.pop(gone, None)
 
     def _do(self, layer: int, send: Send) -> None:

@@ -82,19 +82,19 @@ class World:
             delay = 20e-6 + rng.random() * weather.jitter_s
             self.at(self.now + delay, lambda data=bytes(data): to(data))
 
-    def run(self, until: float) -> None:
+    def run(self, until: float = math.inf) -> None:
         """Let everything happen that happens until then, or until nothing is open."""
-        while self.events and self.host.half.tickets:
-            when = min(self.events[0][0], self.host.half.wake_at)
+        while self.host.half.tickets:
+            event_at = self.events[0][0] if self.events else math.inf
+            when = min(event_at, self.host.half.wake_at)
+            assert when < math.inf, "somebody waits for nothing"
             if when > until:
-                return
+                break
             self.now = max(self.now, when)
-            if self.host.half.wake_at <= self.events[0][0]:
+            if self.host.half.wake_at <= event_at:
                 self.host.wake()
             else:
                 heapq.heappop(self.events)[2]()
-            if not self.events:
-                self.at(self.host.half.wake_at, lambda: None)
         self.host.check_bounds()
         for node in self.nodes:
             node.check_bounds()
@@ -240,7 +240,7 @@ class Duck:
         self.kept[header.ticket] = train
         for part in _split(train):
             self._travel(part)
-        for ticket in self.half.answered(header.ticket, len(answer), self.world.now):
+        for ticket in self.half.answered(header.ticket, len(answer)):
             self.kept.pop(ticket, None)
 
     def _send(self, layer: int, send: Send) -> None:
@@ -322,21 +322,17 @@ def test_any_weather_ends_in_complete(
     assert not world.lost
 
 
-@given(ASKS, st.integers(1, 3), st.floats(0.9, 1), st.integers())
-@settings(max_examples=25)
-def test_no_network_at_all_ends_in_lost(
-    asks: list[tuple[int, int]], ducks: int, loss: float, seed: int
-) -> None:
-    world = World(ducks, Weather(loss), random.Random(seed))
-    storm(world, asks, until=1e5)
-    if loss == 1:
-        assert len(world.lost) == len(asks)
-        assert world.now < 1.1 * MAX_TRIES * CAP_S + 1
-        # Every ask was probed so often and no more, whatever the number of ducks.
-        assert world.host.half.counts.probes <= len(asks) * ducks * MAX_TRIES
+@pytest.mark.parametrize(("asks", "ducks"), [(1, 1), (3, 2), (2, 5)])
+def test_no_network_at_all_ends_in_lost(asks: int, ducks: int) -> None:
+    world = World(ducks, Weather(loss=1), random.Random(0))
+    storm(world, [(470, 476)] * asks)
+    assert len(world.lost) == asks
+    assert world.now < 1.1 * MAX_TRIES * CAP_S
+    assert world.host.half.counts.probes <= asks * ducks * MAX_TRIES
 
 
 @given(ASKS, st.integers(1, 3), st.floats(0, 3e-3), st.integers())
+@settings(max_examples=20)
 def test_a_link_that_is_away_for_two_seconds(
     asks: list[tuple[int, int]], ducks: int, begins: float, seed: int
 ) -> None:
@@ -350,15 +346,15 @@ def test_a_link_that_is_away_for_two_seconds(
 @pytest.mark.parametrize("ducks", [1, 8, 32])
 def test_no_storm_without_loss(ducks: int) -> None:
     """Nothing is asked for again: computing takes 100 us, then suddenly 0.4 ms, then 20 ms."""
-    world = World(ducks, Weather(jitter_s=10e-6), random.Random(1))
+    world = World(ducks, Weather(), random.Random(1))
     ticket = 0
-    for compute_s, rounds in ((100e-6, 100), (400e-6, 100), (20e-3, 60)):
+    for compute_s, rounds in ((100e-6, 60), (400e-6, 60), (20e-3, 60)):
         world.compute_s = compute_s
         world.host.half.counts.nacks = world.host.half.counts.probes = 0
         for _ in range(rounds):
             ticket += 1
             world.host.ask(ticket, body(ticket, 470), 476)
-            world.run(math.inf)
+            world.run()
         counts = world.host.half.counts
         assert counts.nacks == 0
         # Only the first round after the ducks grew slower finds out that they did.
@@ -371,14 +367,14 @@ def test_a_lost_packet_costs_a_millisecond() -> None:
     """At 1 % loss hardly a round takes longer than 5 ms, and most take none."""
     world = World(8, Weather(loss=0.01, jitter_s=5e-6), random.Random(3))
     took = []
-    for ticket in range(1, 1001):
+    for ticket in range(1, 401):
         begun = world.now
         world.host.ask(ticket, body(ticket, 470), 476)
-        world.run(math.inf)
+        world.run()
         took.append(world.done[ticket] - begun)
     took.sort()
-    assert took[500] < 1.2e-3
-    assert took[990] < 5e-3
+    assert took[200] < 1.2e-3
+    assert took[396] < 5e-3
 
 
 def test_at_twenty_percent_reordering_little_is_asked_twice() -> None:
@@ -392,7 +388,7 @@ def test_at_twenty_percent_reordering_little_is_asked_twice() -> None:
     world.travel = overtaken  # type: ignore[method-assign]
     for ticket in range(1, 501):
         world.host.ask(ticket, body(ticket, 470), 476)
-        world.run(math.inf)
+        world.run()
     counts = world.host.half.counts
     assert counts.nacks < 0.2 * 500 * 4
     assert counts.corrupt == 0
@@ -406,7 +402,7 @@ def test_the_answer_cache_serves_whoever_lost_the_whole_answer() -> None:
     world.weather.loss = 1
     world.run(world.now + 5e-3)
     world.weather.loss = 0
-    world.run(math.inf)
+    world.run()
     check(world, {1: (300, 476)})
     assert node.computed == [1]  # once: the rest came from the cache
     assert node.half.counts.resent == CUT.fragments(476)
@@ -415,7 +411,7 @@ def test_the_answer_cache_serves_whoever_lost_the_whole_answer() -> None:
 def test_an_ask_that_nobody_got_is_sent_to_all_at_once() -> None:
     world = World(4, Weather(), random.Random(0))
     world.host.ask(1, body(1, 470), 476, arrives=False)
-    world.run(math.inf)
+    world.run()
     check(world, {1: (470, 476)})
     counts = world.host.half.counts
     assert counts.probes == 1
@@ -428,7 +424,7 @@ def test_cancelled_asks_are_forgotten_and_late_answers_counted_once() -> None:
     world.run(world.now + 1e-3)
     world.host.cancel(1)
     world.host.ask(2, body(2, 300), 476)
-    world.run(math.inf)
+    world.run()
     assert world.host.half.counts.late_answers == 2
     assert 2 in world.done
     assert 1 not in world.done
@@ -458,13 +454,13 @@ def test_stale_tickets_are_dropped_also_around_the_end_of_the_numbers() -> None:
             return False
         assert half.take(ticket) is not None
         half.took(head)
-        half.answered(ticket, 20, 0.0)
+        half.answered(ticket, 20)
         return True
 
     assert ask(0xFFFFFFF0)
     assert ask(5)  # the numbers went around
     assert ask(0xFFFFFFF5)  # a little late
-    assert not ask(0x80000000)
+    assert not ask(0x90000000)
     assert not ask(0xFFFE0000)
     assert ask(100_000)
     assert not ask(6)
@@ -475,7 +471,7 @@ def test_requests_that_come_too_fast_are_not_served() -> None:
     """A forged or doubled NACK or RNACK costs one small packet, not an answer each."""
     world = World(1, Weather(), random.Random(0))
     world.host.ask(1, body(1, 300), 476)
-    world.run(math.inf)
+    world.run()
     node = world.nodes[0]
     payload = wire.pack_missing((1 << 10) - 1, 10)
     nack = wire.pack_header(wire.Kind.NACK, SESSION, 1, 3, wire.HOST, payload=payload) + payload
@@ -540,7 +536,7 @@ def test_headers_of_any_kind_break_nothing(frames: list[tuple[object, ...]]) -> 
             world.nodes[duck % 2].receive(data)
     for node in world.nodes:
         node.half._cancelled.clear()
-    world.run(math.inf)
+    world.run()
     check(world, {1: (300, 476)})
 
 
