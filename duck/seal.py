@@ -7,6 +7,9 @@ audience, one data plane and one kind of frame in one session; under it no nonce
     asks, answers   nonce = ticket and fragment of the header     header | ciphertext | tag
     all others      nonce = a counter, which travels with them    header | counter u64 | ... | tag
 
+What is sealed is a message, or over TCP a frame of at most 1 MiB of one, so that no more than that
+waits to be checked; whoever cuts it smaller (multicast) puts it together before it is opened.
+
 `Sealer` refuses to seal a ticket twice, whoever asks for it: what is lost is sent again as the same
 bytes, never sealed again (an answer that is computed twice has other stamps, and two texts under
 one nonce give GCM's authentication key away). `Opener` refuses what it has opened before.
@@ -61,20 +64,23 @@ class Channel:
 
 @dataclass(frozen=True, repr=False)
 class SessionKeys:
-    """The channels of one session; its three secrets travel inside TLS only.
+    """The channels of one session; its secrets travel inside TLS only.
+
+    So frames that somebody keeps stay closed to them even when the cluster key is stolen later.
 
     Asks are written (or multicast) once for all ducks, so all ducks of the session must share their
     key: it hangs on `ask_secret`, which the host draws anew for every session and puts into every
     HELLO. Answers, and what the host says to one duck alone, hang on that duck's own nonce.
 
+    A plane is named by its own name ("tcp", "multicast"): a session may use two, and a ticket on
+    each.
+
     Args:
         cluster: the key both ends have.
-        plane: the data plane's name: "tcp", "multicast".
         host_nonce, ask_secret: of HELLO.
     """
 
     cluster: ClusterKey
-    plane: str
     host_nonce: bytes
     ask_secret: bytes
 
@@ -82,21 +88,21 @@ class SessionKeys:
         _check("host nonce", self.host_nonce, NONCE_BYTES)
         _check("ask secret", self.ask_secret, ASK_SECRET_BYTES)
 
-    def to_all(self) -> Channel:
+    def to_all(self, plane: str) -> Channel:
         """From the host to all ducks of this session."""
-        return Channel(self.cluster, self.host_nonce + self.ask_secret, f"{self.plane} host>all")
+        return Channel(self.cluster, self.host_nonce + self.ask_secret, f"{plane} host>all")
 
-    def to_duck(self, duck: int, duck_nonce: bytes) -> Channel:
+    def to_duck(self, plane: str, duck: int, duck_nonce: bytes) -> Channel:
         """From the host to one duck."""
-        return self._pair(f"host>{duck}", duck_nonce)
+        return self._pair(f"{plane} host>{duck}", duck_nonce)
 
-    def to_host(self, duck: int, duck_nonce: bytes) -> Channel:
+    def to_host(self, plane: str, duck: int, duck_nonce: bytes) -> Channel:
         """From one duck to the host."""
-        return self._pair(f"{duck}>host", duck_nonce)
+        return self._pair(f"{plane} {duck}>host", duck_nonce)
 
     def _pair(self, label: str, duck_nonce: bytes) -> Channel:
         _check("duck nonce", duck_nonce, NONCE_BYTES)
-        return Channel(self.cluster, self.host_nonce + duck_nonce, f"{self.plane} {label}")
+        return Channel(self.cluster, self.host_nonce + duck_nonce, label)
 
 
 def _check(what: str, value: bytes, nbytes: int) -> None:
@@ -147,8 +153,8 @@ class Sealer:
     def seal_into(self, head: Bytes, body: Bytes, out: Bytes) -> int:
         """Write a sealed message into `out`; its length.
 
-        head: the header as it will be sent, its sizes those of the sealed message; out: of
-        `len(body) + overhead(kind)` bytes, no part of `body`.
+        head: the header as it will be sent; out: `len(body) + overhead(kind)` bytes, no part of
+        `body`.
 
         Raises:
             TransportError: this ticket was sealed before (all were used, or an ask was answered

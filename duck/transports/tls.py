@@ -29,15 +29,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from duck import wire
 from duck.errors import WireError
 from duck.keys import ClusterKey
 
 _ALWAYS = (datetime.datetime(1950, 1, 2), datetime.datetime(9999, 12, 31, 23, 59, 59))
 _CA = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "duck cluster")])
-# A handshake's first bytes: record of type handshake, version 3.x. No control message begins so: it
-# would be one of 66 KB or more, and a greeting is far shorter.
-_HANDSHAKE, _ALERT = 22, 21
-TELLING_BYTES = 3
 _READ_BYTES = 1 << 16
 
 
@@ -46,11 +43,6 @@ class Role(Enum):
 
     HOST = "host"
     DUCK = "duck"
-
-
-def looks_like_tls(data: bytes | bytearray | memoryview) -> bool:
-    """Whether a connection that begins so (TELLING_BYTES or more) speaks TLS, not plain control."""
-    return data[0] in (_HANDSHAKE, _ALERT) and data[1] == 3 and 1 <= data[2] <= 4
 
 
 # --- certificates
@@ -115,8 +107,8 @@ def leaf_certificate(
     )
 
 
-def make_context(key: ClusterKey, role: Role) -> ssl.SSLContext:
-    """What one process needs to shake hands in its role: TLS 1.3 only, both sides verified."""
+def _context(key: ClusterKey, role: Role) -> ssl.SSLContext:
+    """TLS 1.3 only, both sides verified, nothing resumed."""
     ca, own = ca_key(key), Ed25519PrivateKey.generate()
     server = role is Role.DUCK
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
@@ -138,6 +130,18 @@ def make_context(key: ClusterKey, role: Role) -> ssl.SSLContext:
     return context
 
 
+class Credentials:
+    """What one process shows and believes in its role; made once, good for all its connections."""
+
+    def __init__(self, key: ClusterKey, role: Role) -> None:
+        self.key, self.role = key, role
+        self.context = _context(key, role)
+
+    def connection(self) -> Tls:
+        """One end of a new connection."""
+        return Tls(self)
+
+
 # --- one connection
 
 
@@ -148,12 +152,14 @@ class Tls:
     how the peer hears why.
     """
 
-    def __init__(self, context: ssl.SSLContext) -> None:
-        server = context.protocol == ssl.PROTOCOL_TLS_SERVER
+    def __init__(self, own: Credentials) -> None:
+        self._own = own
+        server = own.role is Role.DUCK
         self._peer = "host" if server else "duck"
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
+        self._object = own.context.wrap_bio(self._incoming, self._outgoing, server_side=server)
         self.ready = False
+        self._broken = False
         self._unsent: list[bytes] = []  # said before the handshake was over
         self._begin: bytearray | None = bytearray()  # until it is long enough to be judged
         self._shake_hands()
@@ -166,11 +172,13 @@ class Tls:
         """
         if self._begin is not None:
             self._begin += data
-            if len(self._begin) < TELLING_BYTES:
+            if len(self._begin) < wire.TELLING_BYTES:
                 return b""
-            if not looks_like_tls(self._begin):
+            if not wire.looks_like_tls(self._begin):
+                self._broken = True
                 raise WireError(
-                    f"the {self._peer} uses no key: give both the same --key-file, or none"
+                    f"the {self._peer} uses no key, this {self._own.role.value} does: "
+                    "give both the same --key-file"
                 )
             data, self._begin = self._begin, None
         self._incoming.write(data)
@@ -189,7 +197,9 @@ class Tls:
         return b"".join(pieces)
 
     def write(self, data: bytes) -> None:
-        """Say something; before the handshake is over, once it is."""
+        """Say something: now, or once the handshake is over; nothing on a broken connection."""
+        if self._broken:
+            return
         if self.ready:
             self._object.write(data)
         else:
@@ -211,10 +221,12 @@ class Tls:
         self._unsent.clear()
 
     def _wrong(self, error: ssl.SSLError) -> WireError:
-        """Why a handshake failed, in words that say what to change."""
+        """Why it failed, in words that say what to change."""
+        self._broken = True
         reason = (error.reason or str(error)).lower().replace("_", " ")
         if isinstance(error, ssl.SSLCertVerificationError) or "alert" in reason:
             return WireError(
-                f"the {self._peer} has another key: copy the same key file to both ({reason})"
+                f"the {self._peer} has another key than this {self._own.role.value}, whose key is "
+                f"{self._own.key.fingerprint}: copy the same key file to both ({reason})"
             )
         return WireError(f"no TLS 1.3 with this {self._peer}: {reason}")

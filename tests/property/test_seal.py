@@ -16,8 +16,8 @@ from duck.wire import Kind
 
 CLUSTER = ClusterKey(bytes(range(32)))
 HOST_NONCE, DUCK_NONCE, ASK_SECRET = b"h" * 16, b"d" * 16, b"a" * 32
-KEYS = SessionKeys(CLUSTER, "tcp", HOST_NONCE, ASK_SECRET)
-CHANNEL = KEYS.to_host(3, DUCK_NONCE)
+KEYS = SessionKeys(CLUSTER, HOST_NONCE, ASK_SECRET)
+CHANNEL = KEYS.to_host("tcp", 3, DUCK_NONCE)
 
 
 def head_of(
@@ -114,24 +114,23 @@ def test_any_bytes_are_refused(kind: Kind, data: bytes) -> None:
 
 def channels() -> dict[str, Channel]:
     """One of each thing that must have keys of its own."""
-    other_key = SessionKeys(ClusterKey(bytes(range(1, 33))), "tcp", HOST_NONCE, ASK_SECRET)
-    other_plane = SessionKeys(CLUSTER, "multicast", HOST_NONCE, ASK_SECRET)
-    other_host = SessionKeys(CLUSTER, "tcp", b"H" * 16, ASK_SECRET)
-    other_secret = SessionKeys(CLUSTER, "tcp", HOST_NONCE, b"A" * 32)
+    other_key = SessionKeys(ClusterKey(bytes(range(1, 33))), HOST_NONCE, ASK_SECRET)
+    other_host = SessionKeys(CLUSTER, b"H" * 16, ASK_SECRET)
+    other_secret = SessionKeys(CLUSTER, HOST_NONCE, b"A" * 32)
     return {
-        "to all": KEYS.to_all(),
-        "to duck 3": KEYS.to_duck(3, DUCK_NONCE),
-        "to duck 4": KEYS.to_duck(4, DUCK_NONCE),
-        "from duck 3": KEYS.to_host(3, DUCK_NONCE),
-        "from duck 4": KEYS.to_host(4, DUCK_NONCE),
-        "another duck nonce": KEYS.to_host(3, b"D" * 16),
-        "another host nonce": other_host.to_host(3, DUCK_NONCE),
-        "another host nonce, to all": other_host.to_all(),
-        "another secret, to all": other_secret.to_all(),
-        "another plane": other_plane.to_host(3, DUCK_NONCE),
-        "another plane, to all": other_plane.to_all(),
-        "another cluster": other_key.to_host(3, DUCK_NONCE),
-        "another cluster, to all": other_key.to_all(),
+        "to all": KEYS.to_all("tcp"),
+        "to duck 3": KEYS.to_duck("tcp", 3, DUCK_NONCE),
+        "to duck 4": KEYS.to_duck("tcp", 4, DUCK_NONCE),
+        "from duck 3": KEYS.to_host("tcp", 3, DUCK_NONCE),
+        "from duck 4": KEYS.to_host("tcp", 4, DUCK_NONCE),
+        "another duck nonce": KEYS.to_host("tcp", 3, b"D" * 16),
+        "another host nonce": other_host.to_host("tcp", 3, DUCK_NONCE),
+        "another host nonce, to all": other_host.to_all("tcp"),
+        "another secret, to all": other_secret.to_all("tcp"),
+        "another plane": KEYS.to_host("multicast", 3, DUCK_NONCE),
+        "another plane, to all": KEYS.to_all("multicast"),
+        "another cluster": other_key.to_host("tcp", 3, DUCK_NONCE),
+        "another cluster, to all": other_key.to_all("tcp"),
     }
 
 
@@ -167,10 +166,10 @@ def test_one_kind_passed_off_as_another() -> None:
 @pytest.mark.parametrize("size", [0, 15, 17, 64])
 def test_secrets_of_another_length(size: int) -> None:
     for make in (
-        lambda: SessionKeys(CLUSTER, "tcp", bytes(size), ASK_SECRET),
-        lambda: SessionKeys(CLUSTER, "tcp", HOST_NONCE, bytes(size)),
-        lambda: KEYS.to_duck(0, bytes(size)),
-        lambda: KEYS.to_host(0, bytes(size)),
+        lambda: SessionKeys(CLUSTER, bytes(size), ASK_SECRET),
+        lambda: SessionKeys(CLUSTER, HOST_NONCE, bytes(size)),
+        lambda: KEYS.to_duck("tcp", 0, bytes(size)),
+        lambda: KEYS.to_host("tcp", 0, bytes(size)),
     ):
         with pytest.raises(WireError, match=f"of {size} bytes, want"):
             make()

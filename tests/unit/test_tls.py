@@ -14,19 +14,35 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from hypothesis import given
 from hypothesis import strategies as st
 
+from duck import wire
 from duck.errors import WireError
 from duck.keys import ClusterKey
 from duck.transports import tls
-from duck.transports.tls import Role, Tls, make_context
+from duck.transports.tls import Credentials, Role, Tls
 
 KEY, OTHER = ClusterKey(bytes(range(32))), ClusterKey(bytes(range(1, 33)))
-HOST, DUCK = make_context(KEY, Role.HOST), make_context(KEY, Role.DUCK)
+HOST, DUCK = Credentials(KEY, Role.HOST), Credentials(KEY, Role.DUCK)
+
+
+class Hostile(Credentials):
+    """Shows what it is told to (or nothing), and believes anything."""
+
+    def __init__(self, role: Role, chain: bytes = b"", folder: Path = Path()) -> None:
+        self.key, self.role = OTHER, role
+        self.context = ssl.SSLContext(
+            ssl.PROTOCOL_TLS_SERVER if role is Role.DUCK else ssl.PROTOCOL_TLS_CLIENT
+        )
+        self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE
+        if chain:
+            path = folder / "chain.pem"
+            path.write_bytes(chain)
+            self.context.load_cert_chain(path)
 
 
 class Ends:
     """Both ends of a connection; `turn` carries what each has to say, `said` is what came out."""
 
-    def __init__(self, host: ssl.SSLContext, duck: ssl.SSLContext) -> None:
+    def __init__(self, host: Credentials, duck: Credentials) -> None:
         self.host, self.duck = Tls(host), Tls(duck)
         self.said: dict[Tls, bytes] = {self.host: b"", self.duck: b""}
         self.errors: dict[Tls, str] = {}
@@ -75,7 +91,7 @@ def test_nothing_can_be_read_on_the_way() -> None:
 def test_another_process_of_the_same_cluster() -> None:
     """Each made its own certificate, on a machine that never heard of the other."""
     again = ClusterKey(bytes(range(32)))
-    ends = Ends(make_context(again, Role.HOST), DUCK)
+    ends = Ends(Credentials(again, Role.HOST), DUCK)
     ends.turn()
     assert ends.host.ready
     assert not ends.errors
@@ -83,26 +99,25 @@ def test_another_process_of_the_same_cluster() -> None:
 
 @pytest.mark.parametrize("wrong", [Role.HOST, Role.DUCK])
 def test_another_key(wrong: Role) -> None:
-    host = make_context(OTHER, Role.HOST) if wrong is Role.HOST else HOST
-    ends = Ends(host, make_context(OTHER, Role.DUCK) if wrong is Role.DUCK else DUCK)
+    host = Credentials(OTHER, Role.HOST) if wrong is Role.HOST else HOST
+    ends = Ends(host, Credentials(OTHER, Role.DUCK) if wrong is Role.DUCK else DUCK)
     ends.host.write(b"secret")
     ends.turn()
-    assert "the duck has another key: copy the same key file to both" in ends.errors[ends.host]
-    assert "the host has another key: copy the same key file to both" in ends.errors[ends.duck]
+    for end, words in (
+        (ends.host, "the duck has another key than this host, whose key is"),
+        (ends.duck, "the host has another key than this duck, whose key is"),
+    ):
+        assert words in ends.errors[end]
+        assert f"{end._own.key.fingerprint}: copy the same key file to both" in ends.errors[end]
     assert not any(ends.said.values())
 
 
 def _showing(role: Role, folder: Path, *chain: x509.Certificate, own: Ed25519PrivateKey) -> Ends:
-    """A connection whose one end shows these certificates and believes anything."""
-    server = role is Role.DUCK
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    """A connection whose one end shows these certificates."""
     pem = b"".join(certificate.public_bytes(Encoding.PEM) for certificate in chain)
     pem += own.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path = folder / "chain.pem"
-    path.write_bytes(pem)
-    context.load_cert_chain(path)
-    return Ends(HOST, context) if server else Ends(context, DUCK)
+    end = Hostile(role, pem, folder)
+    return Ends(HOST, end) if role is Role.DUCK else Ends(end, DUCK)
 
 
 @pytest.mark.parametrize("role", Role)
@@ -141,9 +156,7 @@ def test_a_leaf_cannot_issue_certificates(tmp_path: Path) -> None:
 
 
 def test_a_peer_without_a_certificate() -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    ends = Ends(context, DUCK)
+    ends = Ends(Hostile(Role.HOST), DUCK)
     ends.host.write(b"let me in")
     ends.turn()
     assert "did not return a certificate" in ends.errors[ends.duck]
@@ -151,10 +164,9 @@ def test_a_peer_without_a_certificate() -> None:
 
 
 def test_an_older_tls() -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
-    ends = Ends(context, DUCK)
+    host = Hostile(Role.HOST)
+    host.context.maximum_version = ssl.TLSVersion.TLSv1_2
+    ends = Ends(host, DUCK)
     ends.turn()
     assert "no TLS 1.3 with this host: unsupported protocol" in ends.errors[ends.duck]
 
@@ -162,19 +174,19 @@ def test_an_older_tls() -> None:
 def test_a_duck_that_answers_in_the_clear() -> None:
     host = Tls(HOST)
     assert host.feed(b"\x16") == b""  # too little to tell
-    with pytest.raises(WireError, match="the duck uses no key: give both the same --key-file"):
+    with pytest.raises(WireError, match="the duck uses no key, this host does: give both the same"):
         host.feed(b"\0\0\0\x81")
 
 
 def test_tls_and_control_messages_begin_differently() -> None:
-    assert tls.looks_like_tls(Tls(HOST).to_send())
-    ends = Ends(HOST, make_context(OTHER, Role.DUCK))
+    assert wire.looks_like_tls(Tls(HOST).to_send())
+    ends = Ends(HOST, Credentials(OTHER, Role.DUCK))
     ends.duck.feed(ends.host.to_send())
-    assert tls.looks_like_tls(ends.duck.to_send())
+    assert wire.looks_like_tls(ends.duck.to_send())
     # A control message's length, for all greetings that are: see the comment there.
-    assert not any(tls.looks_like_tls(size.to_bytes(4, "little")) for size in range(66_000))
-    assert not tls.looks_like_tls(b"GET / HTTP/1.1")
-    assert not tls.looks_like_tls(b"SSH-2.0")
+    assert not any(wire.looks_like_tls(size.to_bytes(4, "little")) for size in range(66_000))
+    assert not wire.looks_like_tls(b"GET / HTTP/1.1")
+    assert not wire.looks_like_tls(b"SSH-2.0")
 
 
 @given(st.binary(min_size=3, max_size=2000), st.booleans())
@@ -228,7 +240,7 @@ def test_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return real(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", spy)
-    make_context(KEY, Role.DUCK)
+    Credentials(KEY, Role.DUCK)
     ((path, data, mode),) = written
     assert path.is_relative_to(tmp_path)
     assert mode == 0o700
