@@ -32,7 +32,8 @@ from duck.kernels.experts import SPIN_US, NativeExperts
 from duck.placement import Plan, Slice
 from duck.slices import Arena, ModelSource, Source, StoreSource, adopt, slice_of
 from duck.transports.base import Loading
-from duck.transports.tcp import TcpDuckEnd
+from duck.transports.listen import ListeningDuck
+from duck.transports.tcp import TcpDuckPlane
 
 # A smaller arena lies in caches anyway, whatever its pages.
 SMALL_ARENA_BYTES = 64 << 20
@@ -280,7 +281,7 @@ async def _serve(node: Node, source: str, listen: str, watch_stdin: bool, as_jso
     if watch_stdin:
         await loop.connect_read_pipe(lambda: _EndOfInput(stop), sys.stdin)
     try:
-        await TcpDuckEnd(listen, ready).serve(node)
+        await ListeningDuck(listen, ready, [TcpDuckPlane()]).serve(node)
     except asyncio.CancelledError:
         if not told:  # Ctrl-C: the runner makes a KeyboardInterrupt of it
             raise

@@ -19,8 +19,9 @@ import numpy as np
 from duck import wire
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
+from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.tcp import TcpDuckEnd, TcpTransport
+from duck.transports.tcp import TcpDuckPlane, TcpTransport
 
 WAIT_S = 20.0  # what a test waits for comes at once, or never
 
@@ -92,10 +93,10 @@ async def loopback(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Trans
 @contextlib.asynccontextmanager
 async def listening(
     handler: Any, listen: str = "127.0.0.1:0"
-) -> AsyncIterator[tuple[str, TcpDuckEnd]]:
+) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    end = TcpDuckEnd(listen, ready.set_result)
+    end = ListeningDuck(listen, ready.set_result, [TcpDuckPlane()])
     serving = asyncio.create_task(end.serve(handler))
     try:
         await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")

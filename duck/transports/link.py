@@ -69,6 +69,7 @@ class Link(asyncio.BufferedProtocol):
         self._buffer = memoryview(bytearray(_CONTROL_BUFFER))
         self._frames: Frames | None = None
         self.error: WireError | None = None  # what the peer did wrong
+        self._last_words = ""  # of a peer that refused us
         self._head = bytearray(wire.HEADER_BYTES)
         self._header: wire.Header | None = None
         self._have = 0
@@ -119,6 +120,8 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         reason = "connection closed" if exc is None else f"connection lost ({exc})"
+        if self._last_words:
+            reason = f"{reason} after the words: {self._last_words}"
         if not self.closed.done():
             self.closed.set_result(reason)
         self.messages.put_nowait(None)
@@ -131,6 +134,8 @@ class Link(asyncio.BufferedProtocol):
         for message in self._decoder.feed(self._buffer[:count]):
             if self.messages.qsize() >= _MAX_UNREAD:
                 raise WireError(f"more than {_MAX_UNREAD} unread control messages")
+            if message["t"] == "ERR" and isinstance(text := message.get("text"), str):
+                self._last_words = wire.plain(text)
             self.messages.put_nowait(message)
 
     def send(self, message: Mapping[str, Any]) -> None:
