@@ -511,8 +511,9 @@ class DuckHalf:
 
     PARTS = 16  # asks in pieces at a time
     WORKING = 128  # asks that wait or are computed; more than a duck takes from one host
-    ANSWERS = 32  # that are kept, and their bytes
-    ANSWER_BYTES = 8 << 20
+    # Answers that are kept, and their bytes. A host waits for a few at a time; others may pass them.
+    ANSWERS = 256
+    ANSWER_BYTES = 16 << 20
     CANCELLED = 64
 
     def __init__(self, cut: Cut, ask_bytes: Collection[int], layers: Collection[int]) -> None:

@@ -344,6 +344,16 @@ def to_wire(x: np.ndarray, dtype: str) -> np.ndarray:
 
 # --- control plane
 
+# How a TLS connection begins: a record of a handshake (or an alert), of version 3.x. No control
+# message does: it would be one of 66 KB or more, and a greeting is far shorter.
+_TLS_RECORDS = (22, 21)
+TELLING_BYTES = 3
+
+
+def looks_like_tls(data: bytes | bytearray | memoryview) -> bool:
+    """Whether a connection that begins so (`TELLING_BYTES` or more) speaks TLS."""
+    return data[0] in _TLS_RECORDS and data[1] == 3 and 1 <= data[2] <= 4
+
 
 def encode_control(message: Mapping[str, Any]) -> bytes:
     """One control message, framed."""

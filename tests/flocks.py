@@ -12,19 +12,23 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from duck import wire
+from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
 from duck.transports.multicast import MulticastDuckPlane, MulticastPlane, MulticastTransport
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
+from duck.transports.tls import Credentials, Role
 
 WAIT_S = 20.0  # what a test waits for comes at once, or never
+KEY = ClusterKey(bytes(range(32)))
 
 
 def plan_for(
@@ -93,12 +97,14 @@ async def loopback(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Trans
 
 @contextlib.asynccontextmanager
 async def listening(
-    handler: Any, listen: str = "127.0.0.1:0"
+    handler: Any, listen: str = "127.0.0.1:0", key: ClusterKey | None = None
 ) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    credentials = Credentials(key, Role.DUCK) if key else None
     plane = TcpDuckPlane()
-    end = ListeningDuck(listen, ready.set_result, [plane, MulticastDuckPlane(plane)])
+    planes = [plane, MulticastDuckPlane(plane)]
+    end = ListeningDuck(listen, ready.set_result, planes, credentials)
     serving = asyncio.create_task(end.serve(handler))
     try:
         await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")
@@ -112,11 +118,14 @@ async def listening(
 
 
 @contextlib.asynccontextmanager
-async def tcp(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
+async def tcp(
+    ducks: Sequence[FakeDuck], plan: Plan, key: ClusterKey | None = None
+) -> AsyncIterator[Transport]:
     """Ducks behind ports of this machine."""
     async with contextlib.AsyncExitStack() as stack:
-        ends = [await stack.enter_async_context(listening(duck)) for duck in ducks]
-        transport = TcpTransport([address for address, _ in ends])
+        ends = [await stack.enter_async_context(listening(duck, key=key)) for duck in ducks]
+        credentials = Credentials(key, Role.HOST) if key else None
+        transport = TcpTransport([address for address, _ in ends], credentials=credentials)
         stack.push_async_callback(transport.close)
         await transport.start(plan)
         yield transport
@@ -138,7 +147,12 @@ async def multicast(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Tran
 
 
 # Every transport that keeps the contract; each is tested by the same suite.
-MAKERS = {"loopback": loopback, "tcp": tcp, "multicast": multicast}
+MAKERS = {
+    "loopback": loopback,
+    "tcp": tcp,
+    "tcp with a key": partial(tcp, key=KEY),
+    "multicast": multicast,
+}
 
 
 @dataclass
