@@ -9,6 +9,7 @@ async with duck.Engine.open("path", ducks="local:4") as engine:
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -20,7 +21,7 @@ import numpy as np
 import structlog
 
 from duck import log, memory, placement, wire
-from duck.config import Ducks, Options, model_folder
+from duck.config import Ducks, Network, Options, model_folder
 from duck.device import Device, limit_threads
 from duck.errors import ConfigError
 from duck.flock import Flock
@@ -40,8 +41,9 @@ from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
 from duck.slices import ModelSource, layer_stream, resident_format, slice_of
 from duck.transports.base import Transport
+from duck.transports.control import FlockTransport, Plane
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.tcp import TcpTransport
+from duck.transports.tcp import TcpPlane
 
 if TYPE_CHECKING:
     from duck.transports.tls import Credentials
@@ -132,6 +134,7 @@ class Engine:
             device = Device(chosen.device, chosen.dtype)
             stack.callback(device.close)
             in_process = chosen.transport == "loopback"
+            plane = _plane(chosen.transport, ducks.network)  # refuses before anything is loaded
             local: LocalDucks | None = None
             if in_process or ducks.local:
                 # Compiled now if need be: they would all do so at once, and be late.
@@ -171,8 +174,9 @@ class Engine:
                 if local:
                     await local.listening()
                     addresses, labels = local.addresses, local.labels
-                transport = TcpTransport(
+                transport = FlockTransport(
                     addresses,
+                    plane,
                     labels,
                     lambda duck, done, total: note(f"duck {duck}", done, total),
                     lambda duck, layer: layer_stream(checkpoint, slice_of(plan, duck), layer),
@@ -184,7 +188,8 @@ class Engine:
             drafts = chosen.draft != "off"
             pipeline = Pipeline(model, device, flock, drafts=drafts)
             load = _report(checkpoint, model, plan, transport.attached)
-            yield cls(prompts, model, pipeline, plan, "loopback" if in_process else "tcp", load)
+            name = "loopback" if in_process else plane.name
+            yield cls(prompts, model, pipeline, plan, name, load)
 
     # answers
 
@@ -327,6 +332,21 @@ def _copy(meter: Meter) -> Meter:
     copy = Meter(ask_s=meter.ask_s, duck_s=meter.duck_s, duck_busy_s=list(meter.duck_busy_s))
     copy.device.seconds = meter.device.seconds
     return copy
+
+
+def _plane(transport: str, network: Network) -> Plane:
+    """How asks and answers travel to ducks in other processes.
+
+    Raises:
+        ConfigError: this machine has no such network.
+    """
+    if transport != "multicast":
+        return TcpPlane()
+    if sys.platform != "linux":
+        raise ConfigError("--transport multicast needs Linux on the host; use --transport tcp")
+    from duck.transports.multicast import MulticastPlane
+
+    return MulticastPlane(network)
 
 
 def _credentials(key: ClusterKey | None) -> Credentials | None:

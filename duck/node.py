@@ -33,7 +33,7 @@ from duck.keys import ClusterKey
 from duck.placement import Plan, Slice
 from duck.slices import Arena, ModelSource, Source, StoreSource, adopt, slice_of
 from duck.transports.base import Loading
-from duck.transports.listen import ListeningDuck
+from duck.transports.listen import DuckPlane, ListeningDuck
 from duck.transports.tcp import TcpDuckPlane
 
 if TYPE_CHECKING:
@@ -294,10 +294,21 @@ async def _serve(
         await loop.connect_read_pipe(lambda: _EndOfInput(stop), sys.stdin)
     try:
         credentials = _credentials(key)
-        await ListeningDuck(listen, ready, [TcpDuckPlane()], credentials).serve(node)
+        await ListeningDuck(listen, ready, _planes(), credentials).serve(node)
     except asyncio.CancelledError:
         if not stopped:  # Ctrl-C: the runner makes a KeyboardInterrupt of it
             raise
+
+
+def _planes() -> list[DuckPlane]:
+    """Every way in which asks may come."""
+    tcp = TcpDuckPlane()
+    planes: list[DuckPlane] = [tcp]
+    if sys.platform == "linux":
+        from duck.transports.multicast import MulticastDuckPlane
+
+        planes.append(MulticastDuckPlane(tcp))
+    return planes
 
 
 def _credentials(key: ClusterKey | None) -> Credentials | None:

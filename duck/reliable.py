@@ -511,7 +511,7 @@ class DuckHalf:
 
     PARTS = 16  # asks in pieces at a time
     WORKING = 128  # asks that wait or are computed; more than a duck takes from one host
-    # Answers that are kept, and their bytes. A host waits for a few at a time; others may pass them.
+    # Answers that are kept, and their bytes: more than can pass one that is asked for again.
     ANSWERS = 256
     ANSWER_BYTES = 16 << 20
     CANCELLED = 64

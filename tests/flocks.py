@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from duck import wire
+from duck.config import Network
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.multicast import MulticastDuckPlane, MulticastPlane, MulticastTransport
+from duck.transports.multicast import MulticastDuckPlane, MulticastTransport
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
 
@@ -140,7 +141,7 @@ async def multicast(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Tran
     async with contextlib.AsyncExitStack() as stack:
         ends = [await stack.enter_async_context(listening(duck)) for duck in ducks]
         addresses = [address for address, _ in ends]
-        transport = MulticastTransport(addresses, plane=MulticastPlane(mtu=1500))
+        transport = MulticastTransport(addresses, network=Network(mtu=1500))
         stack.push_async_callback(transport.close)
         await transport.start(plan)
         yield transport

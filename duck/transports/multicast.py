@@ -24,12 +24,13 @@ import ipaddress
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import structlog
 
 from duck import wire
+from duck.config import Network, group_address
 from duck.errors import ConfigError, DuckError, TransportError, WireError
 from duck.reliable import EVERYONE, Cut, DuckHalf, HostHalf, Lost, Run, Send
 from duck.transports.base import SMALL_ROWS, Ask
@@ -47,6 +48,9 @@ from duck.transports.link import Link
 from duck.transports.listen import HostSession
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
 
+if TYPE_CHECKING:
+    from duck.transports.tls import Credentials
+
 _log = structlog.get_logger(__name__)
 
 # Every network carries these.
@@ -57,30 +61,6 @@ _TRY_S, _LAST_TRY_S = 0.5, 4.0
 _PING_S = 0.02  # between the first two PINGs; then twice as long, and so on
 # Room in the receive buffer: so many times the most that one ask makes arrive at once.
 _ROOM = 4
-
-
-def group_address(text: str) -> Address:
-    """GROUP or GROUP:PORT as a pair; port 0 if it is not given.
-
-    Raises:
-        ConfigError: no multicast address that can be used.
-    """
-    host, colon, port = text.partition(":")
-    try:
-        group = ipaddress.IPv4Address(host)
-    except ValueError:
-        group = None
-    if (
-        group is None
-        or not group.is_multicast
-        or int(group) >> 8 == 224 << 16
-        or not (not colon or (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536))
-    ):
-        raise ConfigError(
-            f"group {text[:60]!r}: want an IPv4 multicast address of 224.0.1.0 to 239.255.255.255, "
-            "perhaps with a port: 239.1.2.3 or 239.1.2.3:5000"
-        )
-    return str(group), int(port or 0)
 
 
 # --- the host's end
@@ -125,24 +105,29 @@ class MulticastPlane:
     """A `control.Plane`: the host's end.
 
     Args:
-        interfaces: names of those to use; none: whichever the ducks are reached through.
-        groups: a group for each of them; none: chosen anew for each session.
-        mtu: bytes an IP packet may have; None: what the interfaces and the ducks can.
+        network: which interfaces, groups and packets to use.
+
+    Raises:
+        ConfigError: an interface that cannot be used.
     """
 
     name = "multicast"
 
-    def __init__(
-        self, interfaces: Sequence[str] = (), groups: Sequence[str] = (), mtu: int | None = None
-    ) -> None:
+    def __init__(self, network: Network | None = None) -> None:
+        network = network or Network()
         self._nics: dict[str, Nic] = {}  # by the interface's address
-        pairs = zip(interfaces, groups or [""] * len(interfaces), strict=True)
+        groups = network.groups or ("",) * len(network.interfaces)
+        pairs = zip(network.interfaces, groups, strict=True)
         self._chosen = {(nic := interface_named(name)).address: (nic, at) for name, at in pairs}
-        self._mtu = mtu
+        self._mtu = network.mtu
         self._tcp = TcpPlane()
         self._closed = False
 
     def start(self, flock: FlockTransport) -> None:
+        if flock.keys:
+            raise ConfigError(
+                "--transport multicast has no seal for its datagrams yet; with a key use tcp"
+            )
         self._flock = flock
         self._tcp.start(flock)
         self._loop = asyncio.get_running_loop()
@@ -476,10 +461,12 @@ class MulticastTransport(FlockTransport):
         labels: Sequence[str] | None = None,
         progress: Callable[[int, int, int], None] | None = None,
         supply: Callable[[int, int], Iterator[memoryview]] | None = None,
+        credentials: Credentials | None = None,
         *,
-        plane: MulticastPlane | None = None,
+        network: Network | None = None,
     ) -> None:
-        super().__init__(addresses, plane or MulticastPlane(), labels, progress, supply)
+        plane = MulticastPlane(network)
+        super().__init__(addresses, plane, labels, progress, supply, credentials)
 
 
 # --- the duck's end

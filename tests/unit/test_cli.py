@@ -53,7 +53,10 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "a:1,a:1"), "appears twice"),
         (("generate", "MODEL", *IDS, "--ducks", "none.toml"), "none.toml: No such file"),
         (("generate", "MODEL", *IDS, "--ducks", "local:64", "--transport", "shm"), "not built yet"),
-        (("generate", "MODEL", *IDS, "--transport", "pigeon"), "want one of auto, loopback, tcp"),
+        (
+            ("generate", "MODEL", *IDS, "--transport", "pigeon"),
+            "want one of auto, loopback, tcp, multicast",
+        ),
         (("generate", "MODEL", *IDS, "--schedule", "wave"), "--schedule wave is not built yet"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
         (("generate", "MODEL", *IDS, "--trace", "t.json"), "--trace is not built yet"),
