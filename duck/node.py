@@ -32,7 +32,8 @@ from duck.kernels.experts import SPIN_US, NativeExperts
 from duck.placement import Plan, Slice
 from duck.slices import Arena, ModelSource, Source, StoreSource, adopt, slice_of
 from duck.transports.base import Loading
-from duck.transports.listen import ListeningDuck
+from duck.transports.listen import DuckPlane, ListeningDuck
+from duck.transports.shm import ShmDuckPlane, is_available
 from duck.transports.tcp import TcpDuckPlane
 
 # A smaller arena lies in caches anyway, whatever its pages.
@@ -281,10 +282,18 @@ async def _serve(node: Node, source: str, listen: str, watch_stdin: bool, as_jso
     if watch_stdin:
         await loop.connect_read_pipe(lambda: _EndOfInput(stop), sys.stdin)
     try:
-        await ListeningDuck(listen, ready, [TcpDuckPlane()]).serve(node)
+        await ListeningDuck(listen, ready, _planes()).serve(node)
     except asyncio.CancelledError:
         if not told:  # Ctrl-C: the runner makes a KeyboardInterrupt of it
             raise
+
+
+def _planes() -> list[DuckPlane]:
+    """The data planes that this machine can serve; a host chooses."""
+    planes: list[DuckPlane] = [TcpDuckPlane()]
+    if is_available():
+        planes.append(ShmDuckPlane())
+    return planes
 
 
 class _EndOfInput(asyncio.Protocol):

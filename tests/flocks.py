@@ -12,6 +12,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ import numpy as np
 from duck import wire
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
+from duck.transports.control import FlockTransport
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
+from duck.transports.shm import ShmDuckPlane, ShmTransport
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
 
 WAIT_S = 20.0  # what a test waits for comes at once, or never
@@ -96,7 +99,7 @@ async def listening(
 ) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    end = ListeningDuck(listen, ready.set_result, [TcpDuckPlane()])
+    end = ListeningDuck(listen, ready.set_result, [TcpDuckPlane(), ShmDuckPlane()])
     serving = asyncio.create_task(end.serve(handler))
     try:
         await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")
@@ -110,18 +113,24 @@ async def listening(
 
 
 @contextlib.asynccontextmanager
-async def tcp(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
+async def _behind_ports(
+    make: Callable[[Sequence[str]], FlockTransport], ducks: Sequence[FakeDuck], plan: Plan
+) -> AsyncIterator[Transport]:
     """Ducks behind ports of this machine."""
     async with contextlib.AsyncExitStack() as stack:
         ends = [await stack.enter_async_context(listening(duck)) for duck in ducks]
-        transport = TcpTransport([address for address, _ in ends])
+        transport = make([address for address, _ in ends])
         stack.push_async_callback(transport.close)
         await transport.start(plan)
         yield transport
 
 
 # Every transport that keeps the contract; each is tested by the same suite.
-MAKERS = {"loopback": loopback, "tcp": tcp}
+MAKERS = {
+    "loopback": loopback,
+    "shm": partial(_behind_ports, ShmTransport),
+    "tcp": partial(_behind_ports, TcpTransport),
+}
 
 
 @dataclass

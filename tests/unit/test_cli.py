@@ -51,8 +51,14 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "nowhere"), "want local:N, HOST:PORT"),
         (("generate", "MODEL", *IDS, "--ducks", "a:1,a:1"), "appears twice"),
         (("generate", "MODEL", *IDS, "--ducks", "none.toml"), "none.toml: No such file"),
-        (("generate", "MODEL", *IDS, "--ducks", "local:64", "--transport", "shm"), "not built yet"),
-        (("generate", "MODEL", *IDS, "--transport", "pigeon"), "want one of auto, loopback, tcp"),
+        (
+            ("generate", "MODEL", *IDS, "--ducks", "local:64", "--transport", "multicast"),
+            "not built yet",
+        ),
+        (
+            ("generate", "MODEL", *IDS, "--transport", "pigeon"),
+            "want one of auto, loopback, shm",
+        ),
         (("generate", "MODEL", *IDS, "--schedule", "wave"), "--schedule wave is not built yet"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
         (("generate", "MODEL", *IDS, "--trace", "t.json"), "--trace is not built yet"),
@@ -94,7 +100,7 @@ def test_generate_json(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     assert [chances["token"] for chances in told["logprobs"]] == answer["token_ids"]
 
 
-@pytest.mark.parametrize("transport", ["loopback", "tcp"])
+@pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
 def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transport: str) -> None:
     words = ("generate", folder, *IDS, "--max-tokens", "2", "--transport", transport, "-v")
     code, out, _ = run(capfd, *words, "--json")
