@@ -51,6 +51,7 @@ class FakeDuck:
         self.begun: asyncio.Queue[int] = asyncio.Queue()
         self.attached: list[tuple[Plan, int]] = []
         self.partial: Callable[[int, np.ndarray], np.ndarray] = self._partial
+        self.die: Callable[[], object] | None = None  # as if its process was killed, if it can
         self._loop = asyncio.get_running_loop()
         self._held: dict[int, threading.Event] = {}
 
@@ -101,6 +102,8 @@ async def listening(
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     end = ListeningDuck(listen, ready.set_result, [TcpDuckPlane(), ShmDuckPlane()])
     serving = asyncio.create_task(end.serve(handler))
+    if isinstance(handler, FakeDuck):
+        handler.die = serving.cancel
     try:
         await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")
         if serving.done():
