@@ -40,6 +40,7 @@ from duck.report import DuckLoad, LoadReport
 from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
 from duck.slices import ModelSource, layer_stream, resident_format, slice_of
+from duck.transports import shm
 from duck.transports.base import Transport
 from duck.transports.control import FlockTransport, Plane
 from duck.transports.loopback import LoopbackTransport
@@ -133,10 +134,11 @@ class Engine:
         async with AsyncExitStack() as stack:
             device = Device(chosen.device, chosen.dtype)
             stack.callback(device.close)
-            in_process = chosen.transport == "loopback"
-            plane = _plane(chosen.transport, ducks.network)  # refuses before anything is loaded
+            kind = _transport_kind(chosen, ducks)
+            in_process = kind == "loopback"
+            plane = _plane(kind, ducks.network)  # refuses before anything is loaded
             local: LocalDucks | None = None
-            if in_process or ducks.local:
+            if in_process or ducks.local or kind == "shm":
                 # Compiled now if need be: they would all do so at once, and be late.
                 await _load(lambda _: library.native())
             if ducks.local and not in_process:
@@ -188,8 +190,7 @@ class Engine:
             drafts = chosen.draft != "off"
             pipeline = Pipeline(model, device, flock, drafts=drafts)
             load = _report(checkpoint, model, plan, transport.attached)
-            name = "loopback" if in_process else plane.name
-            yield cls(prompts, model, pipeline, plan, name, load)
+            yield cls(prompts, model, pipeline, plan, kind, load)
 
     # answers
 
@@ -334,13 +335,15 @@ def _copy(meter: Meter) -> Meter:
     return copy
 
 
-def _plane(transport: str, network: Network) -> Plane:
+def _plane(kind: str, network: Network) -> Plane:
     """How asks and answers travel to ducks in other processes.
 
     Raises:
         ConfigError: this machine has no such network.
     """
-    if transport != "multicast":
+    if kind == "shm":
+        return shm.ShmPlane()
+    if kind != "multicast":
         return TcpPlane()
     if sys.platform != "linux":
         raise ConfigError("--transport multicast needs Linux on the host; use --transport tcp")
@@ -371,6 +374,13 @@ def _report(
             for duck, part in enumerate(plan.slices)
         ],
     )
+
+
+def _transport_kind(options: Options, ducks: Ducks) -> str:
+    """The transport that is meant by "auto"."""
+    if options.transport != "auto":
+        return options.transport
+    return "shm" if ducks.local and shm.is_available() else "tcp"
 
 
 def _shape(config: ModelConfig, device: Device, options: Options) -> wire.Shape:

@@ -34,6 +34,7 @@ from duck.placement import Plan, Slice
 from duck.slices import Arena, ModelSource, Source, StoreSource, adopt, slice_of
 from duck.transports.base import Loading
 from duck.transports.listen import DuckPlane, ListeningDuck
+from duck.transports.shm import ShmDuckPlane, is_available
 from duck.transports.tcp import TcpDuckPlane
 
 if TYPE_CHECKING:
@@ -301,9 +302,11 @@ async def _serve(
 
 
 def _planes() -> list[DuckPlane]:
-    """Every way in which asks may come."""
+    """The data planes that this machine can serve; a host chooses."""
     tcp = TcpDuckPlane()
     planes: list[DuckPlane] = [tcp]
+    if is_available():
+        planes.append(ShmDuckPlane())
     if sys.platform == "linux":
         from duck.transports.multicast import MulticastDuckPlane
 

@@ -22,9 +22,11 @@ from duck.config import Network
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
+from duck.transports.control import FlockTransport
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
 from duck.transports.multicast import MulticastDuckPlane, MulticastTransport
+from duck.transports.shm import ShmDuckPlane, ShmTransport
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
 
@@ -54,6 +56,7 @@ class FakeDuck:
         self.begun: asyncio.Queue[int] = asyncio.Queue()
         self.attached: list[tuple[Plan, int]] = []
         self.partial: Callable[[int, np.ndarray], np.ndarray] = self._partial
+        self.die: Callable[[], object] | None = None  # as if its process was killed, if it can
         self._loop = asyncio.get_running_loop()
         self._held: dict[int, threading.Event] = {}
 
@@ -103,10 +106,12 @@ async def listening(
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     credentials = Credentials(key, Role.DUCK) if key else None
-    plane = TcpDuckPlane()
-    planes = [plane, MulticastDuckPlane(plane)]
+    tcp = TcpDuckPlane()
+    planes = [tcp, ShmDuckPlane(), MulticastDuckPlane(tcp)]
     end = ListeningDuck(listen, ready.set_result, planes, credentials)
     serving = asyncio.create_task(end.serve(handler))
+    if isinstance(handler, FakeDuck):
+        handler.die = serving.cancel
     try:
         await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")
         if serving.done():
@@ -119,40 +124,38 @@ async def listening(
 
 
 @contextlib.asynccontextmanager
-async def tcp(
-    ducks: Sequence[FakeDuck], plan: Plan, key: ClusterKey | None = None
+async def _behind_ports(
+    make: Callable[[Sequence[str], Credentials | None], FlockTransport],
+    ducks: Sequence[FakeDuck],
+    plan: Plan,
+    key: ClusterKey | None = None,
 ) -> AsyncIterator[Transport]:
     """Ducks behind ports of this machine."""
     async with contextlib.AsyncExitStack() as stack:
         ends = [await stack.enter_async_context(listening(duck, key=key)) for duck in ducks]
         credentials = Credentials(key, Role.HOST) if key else None
-        transport = TcpTransport([address for address, _ in ends], credentials=credentials)
+        transport = make([address for address, _ in ends], credentials)
         stack.push_async_callback(transport.close)
         await transport.start(plan)
         yield transport
 
 
-@contextlib.asynccontextmanager
-async def multicast(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
-    """Ducks behind ports of this machine, in a group on its loopback interface.
+def _tcp(addresses: Sequence[str], credentials: Credentials | None) -> FlockTransport:
+    return TcpTransport(addresses, credentials=credentials)
 
-    With the packets of an Ethernet, so that messages are cut.
-    """
-    async with contextlib.AsyncExitStack() as stack:
-        ends = [await stack.enter_async_context(listening(duck)) for duck in ducks]
-        addresses = [address for address, _ in ends]
-        transport = MulticastTransport(addresses, network=Network(mtu=1500))
-        stack.push_async_callback(transport.close)
-        await transport.start(plan)
-        yield transport
+
+def _multicast(addresses: Sequence[str], credentials: Credentials | None) -> FlockTransport:
+    """On the loopback interface with the packets of an Ethernet, so that messages are cut."""
+    return MulticastTransport(addresses, credentials=credentials, network=Network(mtu=1500))
 
 
 # Every transport that keeps the contract; each is tested by the same suite.
 MAKERS = {
     "loopback": loopback,
-    "tcp": tcp,
-    "tcp with a key": partial(tcp, key=KEY),
-    "multicast": multicast,
+    "shm": partial(_behind_ports, lambda addresses, _: ShmTransport(addresses)),
+    "tcp": partial(_behind_ports, _tcp),
+    "tcp with a key": partial(_behind_ports, _tcp, key=KEY),
+    "multicast": partial(_behind_ports, _multicast),
 }
 
 

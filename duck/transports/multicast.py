@@ -357,7 +357,7 @@ class MulticastPlane:
         if not wire.check_message(head, row[: head.message_bytes]):
             self._half.failed(duck, head.ticket, now)
             return
-        self._flock.asks.arrived(ask, duck, 0, 1)
+        self._flock.asks.arrived_whole(ask, duck)
         if ask.ticket not in self._flock.asks.open_asks:
             self._close_ask(ask.ticket)
 

@@ -52,10 +52,9 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "nowhere"), "want local:N, HOST:PORT"),
         (("generate", "MODEL", *IDS, "--ducks", "a:1,a:1"), "appears twice"),
         (("generate", "MODEL", *IDS, "--ducks", "none.toml"), "none.toml: No such file"),
-        (("generate", "MODEL", *IDS, "--ducks", "local:64", "--transport", "shm"), "not built yet"),
         (
             ("generate", "MODEL", *IDS, "--transport", "pigeon"),
-            "want one of auto, loopback, tcp, multicast",
+            "want one of auto, loopback, shm, tcp, multicast",
         ),
         (("generate", "MODEL", *IDS, "--schedule", "wave"), "--schedule wave is not built yet"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
@@ -134,7 +133,7 @@ def test_a_key_is_made_and_used(
     assert json.loads(out)["token_ids"] == plain["token_ids"]
 
 
-@pytest.mark.parametrize("transport", ["loopback", "tcp"])
+@pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
 def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transport: str) -> None:
     words = ("generate", folder, *IDS, "--max-tokens", "2", "--transport", transport, "-v")
     code, out, _ = run(capfd, *words, "--json")
