@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import structlog
@@ -25,6 +25,7 @@ from duck.device import Device, limit_threads
 from duck.errors import ConfigError
 from duck.flock import Flock
 from duck.kernels import library
+from duck.keys import ClusterKey
 from duck.local import LocalDucks, threads_each
 from duck.model.config import ModelConfig
 from duck.model.tokenizer import StopScanner, TextStream
@@ -42,6 +43,9 @@ from duck.transports import shm
 from duck.transports.base import Transport
 from duck.transports.loopback import LoopbackTransport
 from duck.transports.tcp import TcpTransport
+
+if TYPE_CHECKING:
+    from duck.transports.tls import Credentials
 
 Loaded = TypeVar("Loaded")
 
@@ -95,7 +99,7 @@ class Engine:
         """Load a model folder ("demo": the shipped one) and gather its flock.
 
         options: as on the command line: ducks, transport, placement, schedule, draft, device,
-        dtype, answers.
+        dtype, answers, key_file.
 
         Raises:
             ConfigError, WeightsError: the folder or an option cannot be used.
@@ -115,6 +119,8 @@ class Engine:
                 f"{folder}: no layer has routed experts; duck runs mixtures of experts"
             )
         ducks = Ducks.parse(chosen.ducks)
+        key_path = chosen.key_path()
+        key = ClusterKey.read(key_path) if key_path else None
         slices = placement.equal_slices(config.moe_intermediate_size, ducks.count)
         checkpoint = Checkpoint.open(folder)
         checkpoint.check(config)
@@ -133,7 +139,7 @@ class Engine:
                 # Compiled now if need be: they would all do so at once, and be late.
                 await _load(lambda _: library.native())
             if ducks.local and not in_process:
-                local = LocalDucks.launch(ducks.local, folder)  # they start while we load
+                local = LocalDucks.launch(ducks.local, folder, key_path)  # they start while we load
                 stack.callback(local.kill)
             plan = Plan(
                 model=await _load(lambda _: experts_digest(checkpoint, config)),
@@ -173,6 +179,7 @@ class Engine:
                     labels,
                     lambda duck, done, total: note(f"duck {duck}", done, total),
                     lambda duck, layer: layer_stream(checkpoint, slice_of(plan, duck), layer),
+                    _credentials(key),
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)
@@ -323,6 +330,14 @@ def _copy(meter: Meter) -> Meter:
     copy = Meter(ask_s=meter.ask_s, duck_s=meter.duck_s, duck_busy_s=list(meter.duck_busy_s))
     copy.device.seconds = meter.device.seconds
     return copy
+
+
+def _credentials(key: ClusterKey | None) -> Credentials | None:
+    if key is None:
+        return None
+    from duck.transports.tls import Credentials, Role  # slow to import, and only needed now
+
+    return Credentials(key, Role.HOST)
 
 
 def _report(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,13 +23,16 @@ from duck import __version__, wire
 from duck.config import split_address
 from duck.errors import DuckLost, TransportClosed, TransportError, WireError
 from duck.placement import Plan
+from duck.seal import ASK_SECRET_BYTES, NONCE_BYTES, SessionKeys
 from duck.transports.base import ASK_ROW_S, ASK_S, TICK_S, Ask, AskTable, Rows
 from duck.transports.link import Link
 from duck.transports.supply import Sender
 
+if TYPE_CHECKING:  # certificates are slow to import, and only needed with a key
+    from duck.transports.tls import Credentials
+
 PROTOCOL = (2, 2)  # the control protocol versions this build speaks, lowest and highest
 SOFTWARE = f"duck {__version__}"
-NONCE_BYTES = 16
 CONNECT_S = 10.0
 # A duck that loads says so every half second; so long it may say so without a byte more.
 PROGRESS_S = 120.0
@@ -78,7 +81,11 @@ class Plane(Protocol):
         ...
 
     def send(self, ask: Ask, body: bytes) -> None:
-        """Hand an ask to every duck that still lives, before returning."""
+        """Hand an ask to every duck that still lives, before returning.
+
+        Raises:
+            TransportError: this session cannot carry it; the ask has failed.
+        """
         ...
 
     def cancel(self, ask: Ask) -> None:
@@ -111,6 +118,7 @@ class FlockTransport:
         labels: how errors name each duck.
         progress: called with (duck, bytes done, bytes in all) while ducks load their slices.
         supply: cuts a layer's file for a duck that lacks it: (duck, layer), see `supply.Sender`.
+        credentials: with a cluster key: every duck must have it too, and control is inside TLS.
     """
 
     def __init__(
@@ -120,14 +128,17 @@ class FlockTransport:
         labels: Sequence[str] | None = None,
         progress: Callable[[int, int, int], None] | None = None,
         supply: Callable[[int, int], Iterator[memoryview]] | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.addresses = tuple(addresses)
         self.labels = tuple(labels or (f"duck {d} ({a})" for d, a in enumerate(addresses)))
         self.plane = plane
         self.session = 0  # drawn anew by `start`
         self.nonce = b""
+        self.keys: SessionKeys | None = None  # with credentials: what planes seal their frames by
         self.attached: list[Mapping[str, Any]] = []  # what each duck said in WELCOME
         self._progress, self._supply = progress, supply
+        self._credentials = credentials
         self._links: list[Link] = []  # every connection made
         self._control: list[Link] = []
         self._table: AskTable | None = None
@@ -137,6 +148,9 @@ class FlockTransport:
         assert plan.ducks == len(self.addresses)
         self.plan = plan
         self.session, self.nonce = secrets.randbits(32), secrets.token_bytes(NONCE_BYTES)
+        if self._credentials:
+            secret = secrets.token_bytes(ASK_SECRET_BYTES)
+            self.keys = SessionKeys(self._credentials.key, self.nonce, secret)
         self._table = AskTable(plan, self.labels)
         self._table.on_cancel = self.plane.cancel
         try:
@@ -174,8 +188,11 @@ class FlockTransport:
         if link.closed.done():  # before we looked
             self.asks.lose(duck, link.closed.result())
 
-    async def connect(self, duck: int) -> Link:
+    async def connect(self, duck: int, *, control: bool = False) -> Link:
         """One more connection to a duck's port, in control mode.
+
+        control: it is for control messages, which go inside TLS when there is a key. A plane's own
+        connection does not: its greeting is a word used once, and its frames have their own seal.
 
         Raises:
             DuckLost, TransportError: there is nobody.
@@ -183,9 +200,10 @@ class FlockTransport:
         address, label = self.addresses[duck], self.labels[duck]
         host, port = split_address(address)
         loop = asyncio.get_running_loop()
+        tls = self._credentials.connection() if control and self._credentials else None
         try:
             async with asyncio.timeout(CONNECT_S):
-                _, link = await loop.create_connection(Link, host, port)
+                _, link = await loop.create_connection(lambda: Link(tls=tls), host, port)
         except TimeoutError:
             reason = f"no connection to {address} within {CONNECT_S:.0f} s"
             raise DuckLost(label, None, CONNECT_S * 1e3, reason, index=duck) from None
@@ -252,10 +270,12 @@ class FlockTransport:
 
     async def _shake_hands(self, duck: int) -> Welcome:
         plan, label = self.plan, self.labels[duck]
-        link = await self.connect(duck)
+        link = await self.connect(duck, control=True)
+        secret = {"ask_secret": self.keys.ask_secret} if self.keys else {}
         link.send(
             {
                 "t": "HELLO",
+                **secret,
                 "v": list(PROTOCOL),
                 "software": SOFTWARE,
                 "session": self.session,
@@ -323,7 +343,11 @@ class FlockTransport:
     ) -> Ask:
         """Hand one message to the plane for every duck; see the contract in `base`."""
         ask = self.asks.open(layer, len(x), ids, rows, deadline)
-        self.plane.send(ask, wire.pack_ask(ids, weights, x))
+        try:
+            self.plane.send(ask, wire.pack_ask(ids, weights, x))
+        except TransportError as error:
+            self.asks.fail(ask, error)
+            raise
         return ask
 
     def _tick(self) -> None:

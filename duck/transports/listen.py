@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import structlog
@@ -22,11 +22,16 @@ from duck import wire
 from duck.config import split_address
 from duck.errors import ConfigError, DuckError, TransportError, WireError
 from duck.placement import Plan
+from duck.seal import NONCE_BYTES, SessionKeys
 from duck.transports.base import Handler, check_ids
-from duck.transports.control import NONCE_BYTES, PROTOCOL, SOFTWARE, nonce_of, versions
+from duck.transports.control import PROTOCOL, SOFTWARE, nonce_of, versions
 from duck.transports.link import Link
+from duck.transports.refusals import Refusals
 from duck.transports.supply import fetch
 from duck.transports.worker import Waiting, Worker
+
+if TYPE_CHECKING:  # certificates are slow to import, and only needed with a key
+    from duck.transports.tls import Credentials, Tls
 
 _log = structlog.get_logger(__name__)
 
@@ -96,6 +101,7 @@ class HostSession:
         self,
         number: int,
         host_nonce: bytes,
+        keys: SessionKeys | None,
         plan: Plan,
         duck: int,
         patience: tuple[float, float],
@@ -105,6 +111,7 @@ class HostSession:
     ) -> None:
         self.id = number
         self.host_nonce, self.nonce = host_nonce, secrets.token_bytes(NONCE_BYTES)
+        self.keys = keys  # with a cluster key: what planes seal their frames by
         self.plan, self.duck = plan, duck
         self.feed: Feed  # set once the plane has opened it
         self.heard_at = 0.0  # when its control connection last said anything, by the loop's clock
@@ -175,19 +182,27 @@ class ListeningDuck:
         listen: HOST:PORT; port 0 lets the system choose.
         ready: called with the address in use once it listens.
         planes: the data planes that hosts may choose from.
+        credentials: with a cluster key: only hosts that have it too are served.
     """
 
     MAX_SESSIONS = 16
     MAX_STRANGERS = 256  # connections that have not said who they are
     GREETING_S = 10.0
+    # What somebody who has not shown the key may make us keep, where there is one. A HELLO that has
+    # no business here fits, and is told so.
+    STRANGE_BYTES = 1 << 14
     # A host pings four times a second while its event loop turns. One that has been silent for so
     # long keeps its place until another host needs it.
     SILENT_S = 15.0
 
     def __init__(
-        self, listen: str, ready: Callable[[str], None], planes: Sequence[DuckPlane]
+        self,
+        listen: str,
+        ready: Callable[[str], None],
+        planes: Sequence[DuckPlane],
+        credentials: Credentials | None = None,
     ) -> None:
-        self._listen, self._ready = listen, ready
+        self._listen, self._ready, self._credentials = listen, ready, credentials
         self._planes = {plane.name: plane for plane in planes}
         self._greetings = {plane.greeting: plane for plane in planes if plane.greeting}
         self._sessions: dict[int, HostSession] = {}
@@ -195,8 +210,13 @@ class ListeningDuck:
         self._strangers: dict[Link, None] = {}  # the oldest first
         self._attach = asyncio.Lock()
         self._attaching: _Loading | None = None  # who has the lock
-        self.refused = 0  # peers turned away: wrong bytes, wrong version, wrong plan
+        self._refusals = Refusals()
         self.evicted = 0  # silent hosts that had to make room
+
+    @property
+    def refused(self) -> int:
+        """Peers turned away: wrong bytes, no key, another version, another plan."""
+        return self._refusals.count
 
     async def serve(self, handler: Handler) -> None:
         """Accept hosts until cancelled.
@@ -209,7 +229,7 @@ class ListeningDuck:
         host, port = split_address(self._listen)
         self._worker = Worker(handler)
         try:
-            server = await self._loop.create_server(lambda: _HostLink(self._opened), host, port)
+            server = await self._loop.create_server(self._link, host, port)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
             self._worker.end()
             why = getattr(error, "strerror", None) or error
@@ -231,6 +251,21 @@ class ListeningDuck:
             self._worker.end()
 
     # strangers
+
+    def _link(self) -> Link:
+        return _HostLink(self._opened, judge=self._judge)
+
+    def _judge(self, link: Link, first: bytes) -> Tls | None:
+        """Whether a new connection is TLS: control of a host with a key."""
+        if not wire.looks_like_tls(first):
+            if self._credentials:  # no more than a plane's greeting is welcome
+                link.limit(self.STRANGE_BYTES)
+            return None
+        if self._credentials is None:
+            raise WireError(
+                "the host uses a key, this duck does not: give both the same --key-file, or none"
+            )
+        return self._credentials.connection()
 
     def _opened(self, link: Link) -> None:
         """A new connection. When too many say nothing, the one that did so for longest goes."""
@@ -258,6 +293,10 @@ class ListeningDuck:
             message = await link.receive(self.GREETING_S)
             self._strangers.pop(link, None)
             if message["t"] == "HELLO":
+                if self._credentials and not link.secure:
+                    raise WireError(
+                        "this duck uses a key, the host does not: give both the same --key-file"
+                    )
                 await self._control(link, message)
             elif plane := self._greetings.get(message["t"]):
                 plane.greet(link, message)
@@ -277,8 +316,10 @@ class ListeningDuck:
                 link.transport.close()
 
     def _refuse(self, link: Link, reason: str) -> None:
-        self.refused += 1
-        _log.warning("refused", reason=reason)
+        unlogged = self._refusals.note(self._loop.time())
+        if unlogged is not None:
+            more = {"unlogged": unlogged} if unlogged else {}
+            _log.warning("refused", peer=link.peer, reason=reason, **more)
         link.refuse(reason)
 
     # hosts
@@ -344,7 +385,11 @@ class ListeningDuck:
                 "this duck serves another host with another slice; stop that host first"
             )
         refuse = partial(self._refuse, link)
-        return HostSession(number, nonce, plan, duck, patience, self._worker, link, refuse)
+        keys = None
+        if self._credentials:
+            secret = wire.field(hello, "ask_secret", bytes)
+            keys = SessionKeys(self._credentials.key, nonce, secret)
+        return HostSession(number, nonce, keys, plan, duck, patience, self._worker, link, refuse)
 
     def _plane(self, hello: Mapping[str, Any]) -> DuckPlane:
         name = wire.field(hello, "data", str)

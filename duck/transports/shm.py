@@ -34,7 +34,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,6 +47,9 @@ from duck.transports.base import Ask, set_capacities
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
+
+if TYPE_CHECKING:
+    from duck.transports.tls import Credentials
 
 _LINE = 64  # bytes of a cache line: what different processes write lies on different lines
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
@@ -371,8 +374,9 @@ class ShmTransport(FlockTransport):
         labels: Sequence[str] | None = None,
         progress: Callable[[int, int, int], None] | None = None,
         supply: Callable[[int, int], Iterator[memoryview]] | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(addresses, ShmPlane(), labels, progress, supply)
+        super().__init__(addresses, ShmPlane(), labels, progress, supply, credentials)
 
 
 # --- the duck's end

@@ -2,7 +2,9 @@
 
 It says DATA with the token from WELCOME, gets OK, and from then on carries only data frames;
 answers are received straight into the row set of their ask. Shaking hands and noticing the frozen
-is the control plane's work.
+is the control plane's work. With a cluster key every frame is sealed (sealed.py); the greeting is
+not: whoever overhears the token can only be in time to end the session by it, as anybody can who
+sits on the wire.
 """
 
 from __future__ import annotations
@@ -11,19 +13,25 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from duck import wire
-from duck.errors import DuckError, WireError
+from duck.errors import DuckError, TransportError, WireError
+from duck.seal import Opener, Sealer
 from duck.transports.base import Ask, AskTable
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.link import Link, data_frames, frame_bytes
 from duck.transports.listen import HostSession
+from duck.transports.sealed import sealed_frames
+
+if TYPE_CHECKING:
+    from duck.transports.tls import Credentials
 
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 _TOKEN_BYTES = 16
+_NOTHING = memoryview(bytearray())  # where a message without a body goes
 
 
 # --- the host's end
@@ -37,6 +45,7 @@ class TcpPlane:
     def start(self, flock: FlockTransport) -> None:
         self._flock = flock
         self._links: dict[int, Link] = {}
+        self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
 
     def offer(self, duck: int) -> Mapping[str, Any]:
         return {}
@@ -50,26 +59,30 @@ class TcpPlane:
         link = await flock.connect(duck)
         link.send({"t": "DATA", "token": token})
         await flock.expect(link, duck, "OK")
-        link.carry_data(_Answers(flock.asks, duck, flock.session))
+        opener = None
+        if flock.keys:
+            opener = Opener(flock.keys.to_host(self.name, duck, welcome.nonce))
+        link.carry_data(_Answers(flock.asks, duck, flock.session), opener)
         self._links[duck] = link
         flock.watch(link, duck)
 
     def send(self, ask: Ask, body: bytes) -> None:
-        # Headers and checksums are the same for all ducks: made once, written N times.
-        parts = data_frames(
-            wire.Kind.ASK, self._flock.session, ask.ticket, ask.layer, wire.HOST, body
-        )
-        self._write(b"".join(parts), self._links.values())
+        # Headers, checksums and seals are the same for all ducks: made once, written N times.
+        self._write(self._frames(wire.Kind.ASK, ask, body), self._links.values())
 
     def cancel(self, ask: Ask) -> None:
-        frame = wire.pack_header(
-            wire.Kind.CANCEL, self._flock.session, ask.ticket, ask.layer, wire.HOST, payload=b""
-        )
         owing = [link for duck, link in self._links.items() if not ask.gather.has(duck)]
-        self._write(frame, owing)
+        if owing:
+            self._write(self._frames(wire.Kind.CANCEL, ask, b""), owing)
+
+    def _frames(self, kind: wire.Kind, ask: Ask, body: bytes) -> bytes | bytearray:
+        session, ticket, layer = self._flock.session, ask.ticket, ask.layer
+        if self._sealer:
+            return sealed_frames(self._sealer, kind, session, ticket, layer, wire.HOST, body)
+        return b"".join(data_frames(kind, session, ticket, layer, wire.HOST, body))
 
     @staticmethod
-    def _write(data: bytes, links: Iterable[Link]) -> None:
+    def _write(data: bytes | bytearray, links: Iterable[Link]) -> None:
         for link in links:
             if not link.transport.is_closing():
                 link.transport.write(data)
@@ -81,7 +94,11 @@ class TcpPlane:
         return self._links[duck].heard
 
     def stats(self) -> Mapping[str, float]:
-        return {"late_answers": sum(link.dropped for link in self._links.values())}
+        links = self._links.values()
+        return {
+            "late_answers": sum(link.dropped for link in links),
+            "refused": sum(link.error is not None for link in links),  # ducks, for what they sent
+        }
 
     def close(self) -> None:
         """Nothing to give back: the flock drops its connections itself."""
@@ -138,8 +155,9 @@ class TcpTransport(FlockTransport):
         labels: Sequence[str] | None = None,
         progress: Callable[[int, int, int], None] | None = None,
         supply: Callable[[int, int], Iterator[memoryview]] | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(addresses, TcpPlane(), labels, progress, supply)
+        super().__init__(addresses, TcpPlane(), labels, progress, supply, credentials)
 
 
 # --- the duck's end
@@ -177,13 +195,19 @@ class TcpFeed:
         self._limit = session.plan.shape.ask_bytes(session.plan.shape.max_rows)
         self._message = memoryview(b"")
         self._due: tuple[int, int, int, int] | None = None  # of a message that is not whole yet
+        self._sealer: Sealer | None = None  # used by the worker's thread alone
+        self._opener: Opener | None = None
+        if session.keys:
+            own = session.keys.to_host(TcpDuckPlane.name, session.duck, session.nonce)
+            self._sealer = Sealer(own)
+            self._opener = Opener(session.keys.to_all(TcpDuckPlane.name))
 
     def welcome(self) -> Mapping[str, Any]:
         return {"token": self.token}
 
     def carry(self, link: Link) -> None:
         """This is the data connection."""
-        link.carry_data(self)
+        link.carry_data(self, self._opener)
         self.link = link
         link.on_close = self._closed
         link.send({"t": "OK"})
@@ -220,7 +244,7 @@ class TcpFeed:
         return size
 
     def place(self, header: wire.Header) -> memoryview | None:
-        return self._message[header.offset :] if header.kind == wire.Kind.ASK else memoryview(b"")
+        return self._message[header.offset :] if header.kind == wire.Kind.ASK else _NOTHING
 
     def arrived(self, header: wire.Header) -> None:
         if header.kind == wire.Kind.CANCEL:
@@ -244,11 +268,25 @@ class TcpFeed:
             kind, message = wire.Kind.ERROR, str(answer).encode()[:_TEXT_BYTES] or b"no reason"
         else:
             kind, message = wire.Kind.ANSWER, stamps + answer.tobytes()
-        session = self._session
-        frames = data_frames(kind, session.id, ticket, layer, session.duck, message)
+        try:
+            frames = self._frames(kind, ticket, layer, message)
+        except TransportError as error:  # answered twice: no bug may end the thread, or be sealed
+            self._loop.call_soon_threadsafe(self._session.refuse, str(error))
+            return
         with contextlib.suppress(RuntimeError):  # the loop ended while we computed
             self._loop.call_soon_threadsafe(self._send, frames)
 
-    def _send(self, frames: list[bytes | memoryview]) -> None:
+    def _frames(
+        self, kind: wire.Kind, ticket: int, layer: int, message: bytes
+    ) -> Sequence[bytes | bytearray | memoryview]:
+        session = self._session
+        if self._sealer:
+            sealed = sealed_frames(
+                self._sealer, kind, session.id, ticket, layer, session.duck, message
+            )
+            return [sealed]
+        return data_frames(kind, session.id, ticket, layer, session.duck, message)
+
+    def _send(self, frames: Sequence[bytes | bytearray | memoryview]) -> None:
         if self.link and not self.link.transport.is_closing():
             self.link.transport.writelines(frames)

@@ -14,6 +14,7 @@ from duck import wire
 from duck.placement import Plan
 from duck.transports.control import NONCE_BYTES, PROTOCOL
 from duck.transports.tcp import TcpTransport
+from duck.transports.tls import Credentials
 from tests.flocks import WAIT_S
 
 NONCE = bytes(NONCE_BYTES)
@@ -32,9 +33,13 @@ class Peer:
         self.made.add(self)
 
     @classmethod
-    async def connect(cls, address: str) -> Peer:
+    async def connect(cls, address: str, credentials: Credentials | None = None) -> Peer:
+        """Credentials: what to show inside TLS, which is then asyncio's own, not ours."""
         host, port = address.rsplit(":", 1)
-        return cls(*await asyncio.open_connection(host, int(port), limit=1 << 24))
+        more: dict[str, Any] = {"limit": 1 << 24}
+        if credentials:
+            more |= {"ssl": credentials.context, "server_hostname": ""}
+        return cls(*await asyncio.open_connection(host, int(port), **more))
 
     def say(self, kind: str, **fields: Any) -> None:
         self.writer.write(wire.encode_control({"t": kind, **fields}))
