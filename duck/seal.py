@@ -4,8 +4,8 @@ One tag a message. The header (its first 28 bytes, without the checksum) is asso
 frame cannot be moved to another ask, layer, duck or session. A key belongs to one sender, one
 audience, one data plane and one kind of frame in one session; under it no nonce is used twice:
 
-    asks, answers   nonce = ticket and fragment of the header     header | ciphertext | tag
-    all others      nonce = a counter, which travels with them    header | counter u64 | ... | tag
+    asks, answers   nonce = header[8:20], the ticket to the fragments   header | ciphertext | tag
+    all others      nonce = a counter, which travels with them          header | counter | ... | tag
 
 What is sealed is a message, or over TCP a frame of at most 1 MiB of one, so that no more than that
 waits to be checked; whoever cuts it smaller (multicast) puts it together before it is opened.
@@ -34,6 +34,9 @@ ASK_SECRET_BYTES = 32
 TAG_BYTES = 16
 _COUNTER = struct.Struct("<Q")
 _HEAD_BYTES = 28  # of the header: all but its checksum
+# Ticket, layer, source, fragment, fragments: 12 bytes as they lie there. Ticket and fragment make
+# them new; the others are along for the ride.
+_NONCE = slice(8, 20)
 _BY_TICKET = frozenset({Kind.ASK, Kind.ANSWER})
 
 Bytes = bytes | bytearray | memoryview
@@ -164,7 +167,7 @@ class Sealer:
         cipher = self._ciphers.get(kind) or self._cipher(kind)
         if kind in _BY_TICKET:
             self._claim(kind, head)
-            return cipher.encrypt_into(_nonce(head), body, head[:_HEAD_BYTES], out)
+            return cipher.encrypt_into(head[_NONCE], body, head[:_HEAD_BYTES], out)
         self._count += 1  # 64 bits: never all used
         counter = _COUNTER.pack(self._count)
         view = memoryview(out)
@@ -226,12 +229,12 @@ class Opener:
         kind = head[3]
         cipher = self._ciphers.get(kind) or self._cipher(kind)
         if kind == Kind.ANSWER:
-            return self._decrypt(cipher, _nonce(head), head, sealed, out)
+            return self._decrypt(cipher, head[_NONCE], head, sealed, out)
         fragment = 0
         if kind == Kind.ASK:
             number = int.from_bytes(head[8:12], "little")
             fragment = int.from_bytes(head[16:18], "little")
-            nonce = _nonce(head)
+            nonce: Bytes = head[_NONCE]
         else:
             if len(sealed) < _COUNTER.size:
                 raise WireError(f"a sealed {Kind(kind).name} of {len(sealed)} bytes")
@@ -252,7 +255,7 @@ class Opener:
         return cipher
 
     @staticmethod
-    def _decrypt(cipher: AESGCM, nonce: bytes, head: Bytes, sealed: Bytes, out: Bytes) -> int:
+    def _decrypt(cipher: AESGCM, nonce: Bytes, head: Bytes, sealed: Bytes, out: Bytes) -> int:
         size = len(sealed) - TAG_BYTES
         if size < 0:
             raise WireError(f"a sealed {Kind(head[3]).name} of {len(sealed)} bytes")
@@ -262,7 +265,3 @@ class Opener:
             raise WireError(
                 f"a sealed {Kind(head[3]).name} is not authentic: forged, damaged, or another key"
             ) from None
-
-
-def _nonce(head: Bytes) -> bytes:
-    return bytes(head[8:12]) + bytes(head[16:18]) + bytes(6)

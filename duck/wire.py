@@ -368,9 +368,10 @@ def _refuse_extension(code: int, _data: bytes) -> Any:
 
 
 class ControlDecoder:
-    """Control messages out of a byte stream, however it is cut."""
+    """Control messages out of a byte stream, however it is cut; none longer than `limit` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = CONTROL_LIMIT) -> None:
+        self.limit = limit
         self._buffer = bytearray()
 
     @property
@@ -388,8 +389,8 @@ class ControlDecoder:
         messages: list[dict[str, Any]] = []
         while len(self._buffer) >= 4:
             size = int.from_bytes(self._buffer[:4], "little")
-            if size > CONTROL_LIMIT:
-                raise WireError(f"control message of {size} bytes, at most {CONTROL_LIMIT}")
+            if size > self.limit:
+                raise WireError(f"control message of {size} bytes, at most {self.limit}")
             if len(self._buffer) < 4 + size:
                 break
             body = bytes(self._buffer[4 : 4 + size])

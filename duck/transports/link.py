@@ -62,15 +62,15 @@ class Link(asyncio.BufferedProtocol):
     Args:
         opened: called once it is connected.
         tls: what goes between control messages and the wire.
-        judge: looks at a connection's first bytes and says what does, if anything; or raises
-            WireError.
+        judge: looks at a connection's first bytes and says what does, if anything; may limit how
+            long a message is (`limit`), or raise WireError.
     """
 
     def __init__(
         self,
         opened: Callable[[Link], None] | None = None,
         tls: Tls | None = None,
-        judge: Callable[[bytes], Tls | None] | None = None,
+        judge: Callable[[Link, bytes], Tls | None] | None = None,
     ) -> None:
         self.transport: asyncio.Transport
         self.heard = 0  # receptions: any change is a sign of life
@@ -159,6 +159,10 @@ class Link(asyncio.BufferedProtocol):
         name = self.transport.get_extra_info("peername")
         return f"{name[0]}:{name[1]}" if isinstance(name, tuple) and len(name) > 1 else ""
 
+    def limit(self, nbytes: int) -> None:
+        """From now on refuse control messages that are longer."""
+        self._decoder.limit = nbytes
+
     @property
     def secure(self) -> bool:
         """Control messages travel inside TLS, and the peer has shown that it has our key."""
@@ -170,7 +174,7 @@ class Link(asyncio.BufferedProtocol):
             data = self._first = self._first + data
             if len(data) < wire.TELLING_BYTES:
                 return
-            self._tls, self._judge = self._judge(data), None
+            self._tls, self._judge = self._judge(self, data), None
         if self._tls:
             try:
                 data = self._tls.feed(data)

@@ -188,6 +188,9 @@ class ListeningDuck:
     MAX_SESSIONS = 16
     MAX_STRANGERS = 256  # connections that have not said who they are
     GREETING_S = 10.0
+    # What somebody who has not shown the key may make us keep, where there is one. A HELLO that has
+    # no business here fits, and is told so.
+    STRANGE_BYTES = 1 << 14
     # A host pings four times a second while its event loop turns. One that has been silent for so
     # long keeps its place until another host needs it.
     SILENT_S = 15.0
@@ -252,9 +255,11 @@ class ListeningDuck:
     def _link(self) -> Link:
         return _HostLink(self._opened, judge=self._judge)
 
-    def _judge(self, first: bytes) -> Tls | None:
+    def _judge(self, link: Link, first: bytes) -> Tls | None:
         """Whether a new connection is TLS: control of a host with a key."""
         if not wire.looks_like_tls(first):
+            if self._credentials:  # no more than a plane's greeting is welcome
+                link.limit(self.STRANGE_BYTES)
             return None
         if self._credentials is None:
             raise WireError(

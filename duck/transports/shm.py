@@ -34,7 +34,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,6 +47,9 @@ from duck.transports.base import Ask, set_capacities
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
+
+if TYPE_CHECKING:
+    from duck.transports.tls import Credentials
 
 _LINE = 64  # bytes of a cache line: what different processes write lies on different lines
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
@@ -103,14 +106,14 @@ def _lines(nbytes: int) -> int:
     return -(-nbytes // _LINE) * _LINE
 
 
-class _Memory:
+class Memory:
     """The mapped file; goes when nobody refers to it any more."""
 
     def __init__(self, file: int, layout: Layout) -> None:
         self.layout = layout
-        self._bytes = np.frombuffer(mmap.mmap(file, layout.nbytes), np.uint8)
-        self.words = self._bytes.view(np.uint32)
-        self.address: int = self._bytes.ctypes.data
+        self.raw = np.frombuffer(mmap.mmap(file, layout.nbytes), np.uint8)
+        self.words = self.raw.view(np.uint32)
+        self.address: int = self.raw.ctypes.data
 
     def word(self, offset: int) -> int:
         return int(self.words[offset // 4])
@@ -124,7 +127,7 @@ class _Memory:
         self.add(slot.ticket, ticket - self.word(slot.ticket))
 
     def header(self, offset: int) -> bytes:
-        return self._bytes[offset : offset + wire.HEADER_BYTES].tobytes()
+        return self.raw[offset : offset + wire.HEADER_BYTES].tobytes()
 
     def put(self, offset: int, header: bytes, first: bytes, second: np.ndarray | None) -> None:
         """Put a message: a header without its checksum, and a body in one or two parts."""
@@ -163,7 +166,7 @@ class ShmPlane:
 
     def __init__(self) -> None:
         self._opened = contextlib.ExitStack()
-        self._memory: _Memory | None = None
+        self._memory: Memory | None = None
         self._late = self._wakeups = 0
 
     def start(self, flock: FlockTransport) -> None:
@@ -180,7 +183,7 @@ class ShmPlane:
         layout = Layout(flock.plan)
         self._file = _memory_file(layout.nbytes)
         self._opened.callback(os.close, self._file)
-        self._memory = _Memory(self._file, layout)
+        self._memory = Memory(self._file, layout)
         self._to_ducks, self._to_host = self._eventfd(), self._eventfd()
         self._loop.add_reader(self._to_host, self._woken)
         self._opened.callback(self._loop.remove_reader, self._to_host)
@@ -271,7 +274,7 @@ class ShmPlane:
             if ask is not None:
                 self._take(memory, number, ask)
 
-    def _take(self, memory: _Memory, number: int, ask: Ask) -> None:
+    def _take(self, memory: Memory, number: int, ask: Ask) -> None:
         """Take the answers that have come since the last time."""
         asks = self._flock.asks
         slot, states, rows = memory.layout.slots[number], self._states[number], ask.rows
@@ -295,7 +298,7 @@ class ShmPlane:
             self._asks[number] = None
 
     @staticmethod
-    def _what_is_wrong(memory: _Memory, slot: Slot, duck: int, state: int) -> str:
+    def _what_is_wrong(memory: Memory, slot: Slot, duck: int, state: int) -> str:
         """Why an answer is none: the duck's own words, or what we found."""
         if state == library.MESSAGE_BAD:
             return "an answer failed its checksum"
@@ -371,8 +374,9 @@ class ShmTransport(FlockTransport):
         labels: Sequence[str] | None = None,
         progress: Callable[[int, int, int], None] | None = None,
         supply: Callable[[int, int], Iterator[memoryview]] | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
-        super().__init__(addresses, ShmPlane(), labels, progress, supply)
+        super().__init__(addresses, ShmPlane(), labels, progress, supply, credentials)
 
 
 # --- the duck's end
@@ -403,7 +407,7 @@ class ShmFeed:
         self._opened = contextlib.ExitStack()
         # Between the worker's thread, which writes answers, and `close`.
         self._lock = threading.Lock()
-        self._memory: _Memory | None = None
+        self._memory: Memory | None = None
 
     # taking the memory
 
@@ -471,7 +475,7 @@ class ShmFeed:
         for descriptor in (asks, answers):
             if os.readlink(f"/proc/self/fd/{descriptor}") != "anon_inode:[eventfd]":
                 raise WireError("a descriptor that is no eventfd")
-        memory = _Memory(file, self._layout)
+        memory = Memory(file, self._layout)
         # Every write to the eventfd wakes every duck, because all wait for its edges and nobody
         # reads its value: one call of the host, however many ducks there are.
         edges = select.epoll()
@@ -514,7 +518,7 @@ class ShmFeed:
         for ticket, slot in sorted(fresh, key=lambda pair: pair[0]):
             self._read(memory, ticket, slot)
 
-    def _read(self, memory: _Memory, ticket: int, slot: Slot) -> None:
+    def _read(self, memory: Memory, ticket: int, slot: Slot) -> None:
         """Copy an ask and queue it, unless the slot is given to another ask meanwhile.
 
         Raises:

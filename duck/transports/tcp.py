@@ -94,7 +94,11 @@ class TcpPlane:
         return self._links[duck].heard
 
     def stats(self) -> Mapping[str, float]:
-        return {"late_answers": sum(link.dropped for link in self._links.values())}
+        links = self._links.values()
+        return {
+            "late_answers": sum(link.dropped for link in links),
+            "refused": sum(link.error is not None for link in links),  # ducks, for what they sent
+        }
 
     def close(self) -> None:
         """Nothing to give back: the flock drops its connections itself."""

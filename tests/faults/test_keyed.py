@@ -185,6 +185,22 @@ async def test_an_oversized_message_inside_tls(served: tuple[str, ListeningDuck]
     assert served[1].refused == 1
 
 
+async def test_a_stranger_cannot_make_a_duck_keep_much(
+    served: tuple[str, ListeningDuck],
+) -> None:
+    peer = await Peer.connect(served[0])
+    peer.writer.write(b"\1\x40\0\0" + bytes(100))
+    assert "of 16385 bytes, at most 16384" in (await peer.hear())["text"]
+    assert await peer.ended()
+    # Though a host without a key, with a flock as large as they come, is told what is wrong.
+    plan = plan_for(64)
+    assert len(wire.encode_control({"t": "HELLO", **hello(plan)})) < 8000
+    peer = await Peer.connect(served[0])
+    peer.say("HELLO", **hello(plan))
+    assert "this duck uses a key" in (await peer.hear())["text"]
+    assert served[1].refused == 2
+
+
 async def test_a_data_connection_inside_tls(served: tuple[str, ListeningDuck]) -> None:
     peer = await Peer.connect(served[0], HOST)
     peer.say("DATA", token=TOKEN)
@@ -462,6 +478,7 @@ async def test_who_changes_what_is_said(
             case "lost":
                 with pytest.raises(DuckLost):
                     await _right(ask, 2)
+                assert transport.stats()["refused"] == (not to_duck)
             case "right":
                 await _right(ask, 2)
                 await _until(lambda: transport.stats()["late_answers"] == 1)
