@@ -14,7 +14,7 @@ from duck.errors import ConfigError
 
 # name -> the values that work; and the ones that are planned, so that a refusal can say so.
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "transport": (("auto", "loopback", "tcp"), ("shm", "multicast")),
+    "transport": (("auto", "loopback", "shm", "tcp"), ("multicast",)),
     "placement": (("equal",), ("weighted", "whole")),
     "schedule": (("auto", "serial"), ("batch", "wave", "pingpong")),
     "draft": (("auto", "mtp", "off"), ()),
@@ -51,7 +51,7 @@ class Options:
     """How to run a model; every value is checked here, into ConfigError."""
 
     ducks: str = "local:2"  # local:N, HOST:PORT,HOST:PORT, or a flock.toml
-    transport: str = "auto"  # tcp, or loopback: all ducks inside this process
+    transport: str = "auto"  # shm when we start the ducks, else tcp; loopback: all in this process
     placement: str = "equal"
     schedule: str = "auto"
     draft: str = "auto"  # auto and mtp: draft when the model has an MTP layer

@@ -39,6 +39,7 @@ from duck.report import DuckLoad, LoadReport
 from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
 from duck.slices import ModelSource, layer_stream, resident_format, slice_of
+from duck.transports import shm
 from duck.transports.base import Transport
 from duck.transports.loopback import LoopbackTransport
 from duck.transports.tcp import TcpTransport
@@ -131,9 +132,10 @@ class Engine:
         async with AsyncExitStack() as stack:
             device = Device(chosen.device, chosen.dtype)
             stack.callback(device.close)
-            in_process = chosen.transport == "loopback"
+            kind = _transport_kind(chosen, ducks)
+            in_process = kind == "loopback"
             local: LocalDucks | None = None
-            if in_process or ducks.local:
+            if in_process or ducks.local or kind == "shm":
                 # Compiled now if need be: they would all do so at once, and be late.
                 await _load(lambda _: library.native())
             if ducks.local and not in_process:
@@ -171,7 +173,8 @@ class Engine:
                 if local:
                     await local.listening()
                     addresses, labels = local.addresses, local.labels
-                transport = TcpTransport(
+                make = shm.ShmTransport if kind == "shm" else TcpTransport
+                transport = make(
                     addresses,
                     labels,
                     lambda duck, done, total: note(f"duck {duck}", done, total),
@@ -184,7 +187,7 @@ class Engine:
             drafts = chosen.draft != "off"
             pipeline = Pipeline(model, device, flock, drafts=drafts)
             load = _report(checkpoint, model, plan, transport.attached)
-            yield cls(prompts, model, pipeline, plan, "loopback" if in_process else "tcp", load)
+            yield cls(prompts, model, pipeline, plan, kind, load)
 
     # answers
 
@@ -351,6 +354,13 @@ def _report(
             for duck, part in enumerate(plan.slices)
         ],
     )
+
+
+def _transport_kind(options: Options, ducks: Ducks) -> str:
+    """The transport that is meant by "auto"."""
+    if options.transport != "auto":
+        return options.transport
+    return "shm" if ducks.local and shm.is_available() else "tcp"
 
 
 def _shape(config: ModelConfig, device: Device, options: Options) -> wire.Shape:

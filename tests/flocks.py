@@ -21,8 +21,10 @@ from duck import wire
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
+from duck.transports.control import FlockTransport
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
+from duck.transports.shm import ShmDuckPlane, ShmTransport
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
 
@@ -52,6 +54,7 @@ class FakeDuck:
         self.begun: asyncio.Queue[int] = asyncio.Queue()
         self.attached: list[tuple[Plan, int]] = []
         self.partial: Callable[[int, np.ndarray], np.ndarray] = self._partial
+        self.die: Callable[[], object] | None = None  # as if its process was killed, if it can
         self._loop = asyncio.get_running_loop()
         self._held: dict[int, threading.Event] = {}
 
@@ -101,8 +104,11 @@ async def listening(
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     credentials = Credentials(key, Role.DUCK) if key else None
-    end = ListeningDuck(listen, ready.set_result, [TcpDuckPlane()], credentials)
+    planes = [TcpDuckPlane(), ShmDuckPlane()]
+    end = ListeningDuck(listen, ready.set_result, planes, credentials)
     serving = asyncio.create_task(end.serve(handler))
+    if isinstance(handler, FakeDuck):
+        handler.die = serving.cancel
     try:
         await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")
         if serving.done():
@@ -115,21 +121,30 @@ async def listening(
 
 
 @contextlib.asynccontextmanager
-async def tcp(
-    ducks: Sequence[FakeDuck], plan: Plan, key: ClusterKey | None = None
+async def _behind_ports(
+    make: Callable[..., FlockTransport],
+    ducks: Sequence[FakeDuck],
+    plan: Plan,
+    key: ClusterKey | None = None,
 ) -> AsyncIterator[Transport]:
     """Ducks behind ports of this machine."""
     async with contextlib.AsyncExitStack() as stack:
         ends = [await stack.enter_async_context(listening(duck, key=key)) for duck in ducks]
         credentials = Credentials(key, Role.HOST) if key else None
-        transport = TcpTransport([address for address, _ in ends], credentials=credentials)
+        transport = make([address for address, _ in ends], credentials=credentials)
         stack.push_async_callback(transport.close)
         await transport.start(plan)
         yield transport
 
 
 # Every transport that keeps the contract; each is tested by the same suite.
-MAKERS = {"loopback": loopback, "tcp": tcp, "tcp with a key": partial(tcp, key=KEY)}
+MAKERS = {
+    "loopback": loopback,
+    "shm": partial(_behind_ports, ShmTransport),
+    "shm with a key": partial(_behind_ports, ShmTransport, key=KEY),
+    "tcp": partial(_behind_ports, TcpTransport),
+    "tcp with a key": partial(_behind_ports, TcpTransport, key=KEY),
+}
 
 
 @dataclass

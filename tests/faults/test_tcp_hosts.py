@@ -161,7 +161,7 @@ async def test_a_peer_that_connects_and_stalls(served: tuple[str, ListeningDuck]
         ({"session": None}, "field 'session'"),
         ({"nonce": b"x" * 15}, "nonce of 15 bytes, want 16"),
         ({"nonce": "x" * 16}, "field 'nonce' is str"),
-        ({"data": "pigeon"}, "this duck has no transport 'pigeon', it has tcp"),
+        ({"data": "pigeon"}, "this duck has no transport 'pigeon', it has tcp, shm"),
         ({"data": 7}, "field 'data' is int"),
         ({"plane": []}, "field 'plane' is list"),
     ],

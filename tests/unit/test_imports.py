@@ -104,7 +104,8 @@ def test_transports_know_no_torch_and_no_model(module: str) -> None:
     assert not _top(imports(MODULES[module], module)) & set(HEAVY)
     loaded = loaded_by(module, MODULES)
     assert "torch" not in loaded
-    assert not [name for name in loaded if name.startswith(("duck.model", "duck.kernels"))]
+    native = {"duck.kernels", "duck.kernels.library", "duck.kernels.build"}  # bytes, no experts
+    assert not [name for name in loaded - native if name.startswith(("duck.model", "duck.kernels"))]
 
 
 @pytest.mark.parametrize("module", _in("duck.model", "duck.kernels"))
