@@ -301,20 +301,25 @@ async def _serve(
             raise
 
 
+def _planes() -> list[DuckPlane]:
+    """The data planes that this machine can serve; a host chooses."""
+    tcp = TcpDuckPlane()
+    planes: list[DuckPlane] = [tcp]
+    if is_available():
+        planes.append(ShmDuckPlane())
+    if sys.platform == "linux":
+        from duck.transports.multicast import MulticastDuckPlane
+
+        planes.append(MulticastDuckPlane(tcp))
+    return planes
+
+
 def _credentials(key: ClusterKey | None) -> Credentials | None:
     if key is None:
         return None
     from duck.transports.tls import Credentials, Role  # slow to import, and only needed now
 
     return Credentials(key, Role.DUCK)
-
-
-def _planes() -> list[DuckPlane]:
-    """The data planes that this machine can serve; a host chooses."""
-    planes: list[DuckPlane] = [TcpDuckPlane()]
-    if is_available():
-        planes.append(ShmDuckPlane())
-    return planes
 
 
 class _EndOfInput(asyncio.Protocol):
