@@ -196,6 +196,7 @@ MAKERS = {
     "tcp with a key": partial(_behind_ports, TcpTransport, key=KEY),
     "tcp, faulty": partial(_behind_ports, FaultyTcp),
     "multicast": partial(_behind_ports, Multicast),
+    "multicast with a key": partial(_behind_ports, Multicast, key=KEY),
 }
 
 

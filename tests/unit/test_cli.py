@@ -128,9 +128,10 @@ def test_a_key_is_made_and_used(
     assert told["fingerprint"] != fingerprint
     words = ("generate", folder, *IDS, "--max-tokens", "6", "--ignore-eos", "--json")
     plain = json.loads(run(capfd, *words, "--transport", "tcp")[1])
-    code, out, err = run(capfd, *words, "--transport", "tcp", "--key-file", path)
-    assert (code, err) == (0, "")
-    assert json.loads(out)["token_ids"] == plain["token_ids"]
+    for transport in ("tcp", "shm"):
+        code, out, err = run(capfd, *words, "--transport", transport, "--key-file", path)
+        assert (code, err) == (0, "")
+        assert json.loads(out)["token_ids"] == plain["token_ids"]
 
 
 @pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
