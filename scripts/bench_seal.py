@@ -28,7 +28,7 @@ from duck.placement import Plan, equal_slices
 from duck.seal import Opener, Sealer, SessionKeys
 from duck.transports.base import Loading
 from duck.transports.control import FlockTransport
-from duck.transports.listen import ListeningDuck
+from duck.transports.listen import DuckPlane, ListeningDuck
 from duck.transports.multicast import MulticastDuckPlane, MulticastTransport
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
@@ -59,7 +59,7 @@ def serve(count: int, told: Connection) -> None:
             for _ in range(count):
                 own = credentials if way == "sealed" else None
                 tcp = TcpDuckPlane()
-                planes = [tcp, MulticastDuckPlane(tcp)]
+                planes: list[DuckPlane] = [tcp, MulticastDuckPlane(tcp)]
                 end = ListeningDuck("127.0.0.1:0", addresses.put_nowait, planes, own)
                 tasks.append(asyncio.create_task(end.serve(AtOnce())))
                 found.append(await addresses.get())

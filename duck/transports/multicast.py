@@ -157,6 +157,7 @@ class MulticastPlane:
         self._ponged = asyncio.Event()
         self._next_ping = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = 0.0  # when it does; uvloop's handles do not always know
         self.strangers = 0  # datagrams from unknown addresses
         self.malformed = 0  # datagrams that make no sense
 
@@ -448,11 +449,12 @@ class MulticastPlane:
         if self._closed or wake_at == math.inf:
             return
         if self._timer is not None:
-            if self._timer.when() <= wake_at:
+            if self._wakes_at <= wake_at:
                 return
             self._timer.cancel()
         # Event loops count in milliseconds: a shorter wait would turn without pause.
-        self._timer = self._loop.call_at(max(wake_at, self._loop.time() + 1e-3), self._wake)
+        self._wakes_at = max(wake_at, self._loop.time() + 1e-3)
+        self._timer = self._loop.call_at(self._wakes_at, self._wake)
 
     def _wake(self) -> None:
         self._timer = None
