@@ -457,8 +457,9 @@ class MulticastPlane:
                 return
             self._timer.cancel()
         # Event loops count in milliseconds: a shorter wait would turn without pause.
-        self._wakes_at = max(wake_at, _clock() + 1e-3)
-        self._timer = self._loop.call_at(self._wakes_at, self._wake)
+        now = _clock()
+        self._wakes_at = max(wake_at, now + 1e-3)
+        self._timer = self._loop.call_later(self._wakes_at - now, self._wake)
 
     def _wake(self) -> None:
         self._timer = None
