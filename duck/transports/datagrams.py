@@ -169,7 +169,7 @@ def _has(sock: socket.socket, option: int, value: int) -> bool:
 
 def _grow(sock: socket.socket, wanted: int) -> int:
     """Make the receive buffer as large as wanted, or as the system allows; what it is then."""
-    half = -(-wanted // 2)  # the kernel doubles what it is told
+    half = min(-(-wanted // 2), 1 << 30)  # the kernel doubles what it is told, in 32 bits
     for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):  # the first is for root
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= wanted:
             break
