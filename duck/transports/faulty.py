@@ -22,7 +22,7 @@ import asyncio
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from random import Random
 from typing import Any, Generic, TypeVar
 
@@ -183,7 +183,13 @@ def disturb(table: AskTable, faults: Faults[Note]) -> Callable[[], None]:
     def arrived(ask: Ask, duck: int, fragment: int, fragments: int) -> None:
         pump.put((ask, duck, fragment, fragments))
 
+    def arrived_whole(ask: Ask, ducks: Iterable[int]) -> None:
+        for duck in ducks:
+            for fragment in range(ask.fragments):
+                arrived(ask, duck, fragment, ask.fragments)
+
     table.arrived = arrived  # type: ignore[method-assign]
+    table.arrived_whole = arrived_whole  # type: ignore[method-assign]
     return pump.end
 
 
