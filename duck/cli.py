@@ -210,7 +210,8 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         help="local:N, HOST:PORT,HOST:PORT or flock.toml (default: local:2)",
     )  # fmt: skip
     helps = {
-        "transport": "auto: shm for local:N, else tcp; loopback: all ducks in this process",
+        "transport": "auto: shm for local:N, else tcp; multicast: asks by UDP, once for all ducks; "
+        "loopback: all ducks in this process",
         "placement": "how experts are spread over ducks",
         "schedule": "how lanes are ordered",
         "draft": "guess the next token with the model's MTP layer (auto: if it has one)",

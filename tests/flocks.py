@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from duck import wire
+from duck.config import Network
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
 from duck.transports.control import FlockTransport, Plane
-from duck.transports.faulty import Faults, FaultyPlane, disturb
+from duck.transports.faulty import Faults, FaultyPlane, FaultyUdpSocket, disturb, spoil_datagram
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
+from duck.transports.multicast import MulticastDuckPlane, MulticastPlane, MulticastTransport
 from duck.transports.shm import ShmDuckPlane, ShmPlane, ShmTransport
 from duck.transports.tcp import TcpDuckPlane, TcpPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
@@ -104,7 +106,8 @@ async def listening(
 ) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    planes = [TcpDuckPlane(), ShmDuckPlane()]
+    tcp = TcpDuckPlane()
+    planes = [tcp, ShmDuckPlane(), MulticastDuckPlane(tcp)]
     credentials = Credentials(key, Role.DUCK) if key else None
     end = ListeningDuck(listen, ready.set_result, planes, credentials)
     serving = asyncio.create_task(end.serve(handler))
@@ -175,6 +178,29 @@ async def faulty_loopback(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterato
         await transport.close()
 
 
+class Multicast(MulticastTransport):
+    """On the loopback interface with the packets of an Ethernet, so that messages are cut."""
+
+    def __init__(self, addresses: Sequence[str], **more: Any) -> None:
+        super().__init__(addresses, plane=MulticastPlane(Network(mtu=1500)), **more)
+
+
+class FaultyMulticast(MulticastTransport):
+    """Over a network that loses, doubles, overtakes, delays and damages datagrams."""
+
+    def __init__(self, addresses: Sequence[str], **more: Any) -> None:
+        make_socket = partial(FaultyUdpSocket, out=_bad_network(4), back=_bad_network(5))
+        plane = MulticastPlane(Network(mtu=1500), make_socket)
+        super().__init__(addresses, plane=plane, **more)
+
+
+def _bad_network(seed: int) -> Faults[Any]:
+    return Faults(
+        seed, drop=0.05, duplicate=0.05, reorder=0.2, delay_s=0.001, corrupt=0.01,
+        spoil=spoil_datagram,
+    )  # fmt: skip
+
+
 # Every transport that keeps the contract; each is tested by the same suite.
 MAKERS = {
     "loopback": loopback,
@@ -185,6 +211,10 @@ MAKERS = {
     "tcp": partial(_behind_ports, TcpTransport),
     "tcp with a key": partial(_behind_ports, TcpTransport, key=KEY),
     "tcp, faulty": partial(_behind_ports, FaultyTcp),
+    "multicast": partial(_behind_ports, Multicast),
+    "multicast with a key": partial(_behind_ports, Multicast, key=KEY),
+    "multicast, faulty": partial(_behind_ports, FaultyMulticast),
+    "multicast with a key, faulty": partial(_behind_ports, FaultyMulticast, key=KEY),
 }
 
 

@@ -55,7 +55,7 @@ class TcpPlane:
         self._checksum = "crc32c" if library.is_loaded() else "crc32"
         self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
 
-    def offer(self, duck: int) -> Mapping[str, Any]:
+    def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
         return {"checksum": self._checksum}
 
     async def connect(self, duck: int, welcome: Welcome) -> None:

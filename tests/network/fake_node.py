@@ -1,0 +1,70 @@
+"""Duck processes that answer at once, each in its network namespace.
+
+`python -m tests.network.fake_node NAMESPACE=HOST:PORT ...` forks one for each: that many processes
+for the price of one start. Their partial sums are x * (number + 1) + layer. They end with stdin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from duck.placement import Plan
+from duck.transports.base import Loading
+from duck.transports.listen import ListeningDuck
+from duck.transports.planes import duck_planes
+from tests.network.pond import enter
+
+
+class FakeNode:
+    """A `Handler` that holds nothing."""
+
+    number = 0
+
+    async def attach(self, plan: Plan, duck: int, loading: Loading) -> Mapping[str, Any]:
+        self.number = duck
+        return {"warm": True, "resident_bytes": 0}
+
+    def answer(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return partial_sums(self.number, layer, x)
+
+
+def partial_sums(number: int, layer: int, x: np.ndarray) -> np.ndarray:
+    """What a fake duck answers: (rows, hidden) float32."""
+    return x * np.float32(number + 1) + np.float32(layer)
+
+
+async def _serve(listen: str) -> None:
+    def ready(address: str) -> None:
+        line = json.dumps({"event": "listening", "address": address})
+        os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
+
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(0, ended.set)  # readable when the test is gone
+    serving = asyncio.create_task(ListeningDuck(listen, ready, duck_planes()).serve(FakeNode()))
+    await asyncio.wait([serving, asyncio.create_task(ended.wait())], return_when="FIRST_COMPLETED")
+    serving.cancel()
+    await asyncio.wait([serving])
+
+
+def main() -> None:
+    """Fork the ducks and wait for them."""
+    for word in sys.argv[1:]:
+        namespace, _, listen = word.partition("=")
+        if not os.fork():
+            enter(namespace)
+            uvloop.run(_serve(listen))
+            os._exit(0)
+    for _ in sys.argv[1:]:
+        os.wait()
+
+
+if __name__ == "__main__":
+    main()
