@@ -25,7 +25,7 @@ import asyncio
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from random import Random
 from typing import Any, Generic, TypeVar
 
@@ -33,7 +33,7 @@ from duck import wire
 from duck.transports.base import Ask, AskTable
 from duck.transports.control import FlockTransport, Plane, Welcome
 from duck.transports.datagrams import Address, UdpSocket
-from duck.transports.link import Frames, Link
+from duck.transports.link import Ahead, Frames, Link
 from duck.transports.shm import Memory, ShmPlane, Slot
 from duck.transports.tcp import TcpPlane
 
@@ -187,7 +187,13 @@ def disturb(table: AskTable, faults: Faults[Note]) -> Callable[[], None]:
     def arrived(ask: Ask, duck: int, fragment: int, fragments: int) -> None:
         pump.put((ask, duck, fragment, fragments))
 
+    def arrived_whole(ask: Ask, ducks: Iterable[int]) -> None:
+        for duck in ducks:
+            for fragment in range(ask.fragments):
+                arrived(ask, duck, fragment, ask.fragments)
+
     table.arrived = arrived  # type: ignore[method-assign]
+    table.arrived_whole = arrived_whole  # type: ignore[method-assign]
     return pump.end
 
 
@@ -365,6 +371,16 @@ class _CorruptFrames:
     def __init__(self, link: Link, frames: Frames, share: float, random: Random) -> None:
         self._link, self._frames = link, frames
         self._share, self._random = share, random
+
+    def ahead(self) -> Ahead | None:
+        """None, so that every frame goes the long way, by `place`."""
+        return None
+
+    def wants(self, ticket: int) -> bool:
+        return self._frames.wants(ticket)
+
+    def landed(self, ticket: int) -> None:
+        self._frames.landed(ticket)
 
     def check(self, header: wire.Header) -> int:
         return self._frames.check(header)

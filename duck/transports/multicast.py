@@ -187,6 +187,7 @@ class MulticastPlane:
         self._nic_of[duck] = nic
         nic.ducks.append(duck)
         return {
+            **self._tcp.offer(duck, link),
             "group": nic.group[0],
             "port": nic.group[1],
             "answers": nic.socket.address[1],
@@ -411,7 +412,7 @@ class MulticastPlane:
             self._half.failed(duck, head.ticket, now)
             return
         self._heard[duck] += 1
-        self._flock.asks.arrived_whole(ask, duck)
+        self._flock.asks.arrived_whole(ask, (duck,))
         if ask.ticket not in self._flock.asks.open_asks:
             self._close_ask(ask.ticket)
 
@@ -550,7 +551,7 @@ class MulticastDuckPlane:
 
     def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
         where = _Where.of(session, offer)
-        return MulticastFeed(session, self._tcp.open(session, {}), where)
+        return MulticastFeed(session, self._tcp.open(session, offer), where)
 
     def greet(self, link: Link, message: Mapping[str, Any]) -> None:
         raise WireError("no connection begins like that")
