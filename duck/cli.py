@@ -189,8 +189,6 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", metavar="DIR", required=True)
     pack.set_defaults(command=_pack)
 
-    bench.add_parser(commands, common)
-
     key = commands.add_parser(
         "key", parents=[common], help="make the key that a host and its ducks share",
         description="Write a new random key to FILE. Copy it to the host and to every duck, by a "
@@ -199,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("file", metavar="FILE")
     key.set_defaults(command=_key)
 
+    bench.add_parser(commands, common)
     for name in PLANNED:
         commands.add_parser(name, help="(planned)", add_help=False)
     return parser

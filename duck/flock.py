@@ -38,10 +38,7 @@ class FlockAsk:
             raise
         try:
             partials = rows.partials(ask.count)
-            total: np.ndarray = np.array(wire.to_float32(partials[0]))
-            with np.errstate(over="ignore", invalid="ignore"):  # we look at the sum below
-                for partial in partials[1:]:
-                    total += wire.to_float32(partial)
+            total = add_up(partials)
             self.ducks_us = tuple(rows.stamps(duck) for duck in range(len(partials)))
             if not np.isfinite(total).all():
                 finite = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
@@ -58,6 +55,18 @@ class FlockAsk:
     def seconds(self) -> float:
         """From sending to the last answer."""
         return self._ask.waited_ms / 1e3
+
+
+def add_up(partials: np.ndarray) -> np.ndarray:
+    """(T, hidden) float32: partial sums (ducks, T, hidden) added in duck order.
+
+    It may overflow, or be made of what is not finite: that is for the caller to look at.
+    """
+    total: np.ndarray = np.array(wire.to_float32(partials[0]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for partial in partials[1:]:
+            total += wire.to_float32(partial)
+    return total
 
 
 class Flock:

@@ -44,7 +44,9 @@ Bytes = bytes | bytearray | memoryview
 
 def overhead(kind: Kind) -> int:
     """How much longer a sealed message of this kind is than its body."""
-    return TAG_BYTES if kind in _BY_TICKET else _COUNTER.size + TAG_BYTES
+    if kind is Kind.ANSWER or kind is Kind.ASK:
+        return TAG_BYTES
+    return _COUNTER.size + TAG_BYTES
 
 
 # --- keys

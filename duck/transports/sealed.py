@@ -1,9 +1,9 @@
 """Messages with a seal: as frames in a stream, and whole for whoever cuts them himself.
 
-A sealed frame is its header (with a checksum of the header alone, so that no damaged size is
-believed), then the sealed payload, `seal.overhead` longer than the header's sizes say: those are of
-the message as it was said. What is received lies in a buffer of the connection until it is whole
-and authentic; only then is it opened into the place that it belongs to.
+A sealed frame is its header (whose checksum is 0: the seal covers the rest of it), then the sealed
+payload, `seal.overhead` longer than the header's sizes say: those are of the message as it was
+said. What is received lies in a buffer of the connection until it is whole and authentic; only then
+is it opened into the place that it belongs to.
 
 A whole message is sealed under a header of its own, which never travels: whichever datagram of it
 is asked, `sealed_message` and `open_message` make the same one. Its size is the sealed message's.
@@ -43,9 +43,9 @@ def sealed_frames(
     out = bytearray(len(view) + more * len(cuts))
     into = memoryview(out)
     for fragment, fragments, offset, size in cuts:
-        head = wire.pack_header(
-            kind, session, ticket, layer, source, payload=b"", fragment=fragment,
-            fragments=fragments, message_bytes=len(view), offset=offset,
+        head = wire.HEADER.pack(
+            wire.MAGIC, wire.VERSION, kind, session, ticket, layer, source, fragment, fragments,
+            len(view), offset, 0,
         )  # fmt: skip
         into[: wire.HEADER_BYTES] = head
         stop = size + more
@@ -140,22 +140,22 @@ class SealedFrames:
                 self._take_payload(self._header)
 
     def _take_header(self) -> None:
-        head = self._buffer[self._begin : self._begin + wire.HEADER_BYTES]
-        header = wire.unpack_header(head)
-        if not wire.check_crc(head, b""):
-            raise WireError("a data frame's header failed its checksum, or has no seal")
+        header = wire.unpack_header(self._buffer[self._begin : self._end])
+        if header.crc:
+            raise WireError("a data frame has no seal")
         self._size = self._frames.check(header)
         self._header = header
         self._need = wire.HEADER_BYTES + self._size + overhead(header.kind)
 
     def _take_payload(self, header: wire.Header) -> None:
-        frame = self._buffer[self._begin : self._begin + self._need]
         place = self._frames.place(header)
         if place is None:
             self.dropped += header.fragment + 1 == header.fragments
         else:
-            head, sealed = frame[: wire.HEADER_BYTES], frame[wire.HEADER_BYTES :]
-            self._opener.open_into(head, sealed, place[: self._size])
+            payload = self._begin + wire.HEADER_BYTES
+            head = self._buffer[self._begin : payload]
+            sealed = self._buffer[payload : self._begin + self._need]
+            self._opener.open_into(head, sealed, place)
             self._frames.arrived(header)
         self._begin += self._need
         self._header, self._need = None, wire.HEADER_BYTES

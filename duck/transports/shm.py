@@ -167,7 +167,7 @@ class ShmPlane:
     def __init__(self) -> None:
         self._opened = contextlib.ExitStack()
         self._memory: Memory | None = None
-        self._late = self._wakeups = 0
+        self._late = self._wakeups = self._signals = 0
 
     def start(self, flock: FlockTransport) -> None:
         """Make the memory.
@@ -254,6 +254,7 @@ class ShmPlane:
     def _signal(self) -> None:
         with contextlib.suppress(BlockingIOError):  # 2^64 times and nobody looked
             os.eventfd_write(self._to_ducks, 1)
+        self._signals += 1
 
     # answers
 
@@ -326,7 +327,8 @@ class ShmPlane:
         if self._memory:
             ducks = range(self._memory.layout.ducks)
             self._late = sum(self._memory.word(duck * _LINE) for duck in ducks)
-        return {"late_answers": self._late, "wakeups": self._wakeups}
+        calls = self._signals + self._wakeups
+        return {"late_answers": self._late, "wakeups": self._wakeups, "calls": calls}
 
     def close(self) -> None:
         self._opened.close()
