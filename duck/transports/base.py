@@ -65,6 +65,8 @@ class Rows:
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
         first = _ALIGN - wire.STAMP_BYTES
         self.landing = tuple(row.data[first:] for row in self._memory)
+        # The same with room for a frame's header before it, which may then come in one stretch.
+        self.framed = tuple(row.data[first - wire.HEADER_BYTES :] for row in self._memory)
         # The same for native code: where the first landing place is, and how far apart they are.
         self.address: int = self._memory.ctypes.data + first
         self.stride: int = self._memory.strides[0]
@@ -178,6 +180,7 @@ class Ask:
         "deadline",
         "done_at",
         "fragments",
+        "front",
         "gather",
         "layer",
         "rows",
@@ -194,6 +197,7 @@ class Ask:
         message = wire.STAMP_BYTES + table.plan.shape.answer_bytes(count)
         self.fragments = max(1, -(-message // wire.FRAME_LIMIT))
         self.gather = Gather(table.plan.ducks, self.fragments)
+        self.front = b""  # for planes: what the headers of its answers begin with
         self.sent_at = time.perf_counter()
         self.done_at = 0.0
         self._future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()

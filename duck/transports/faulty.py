@@ -29,7 +29,7 @@ from typing import Any, Generic, TypeVar
 from duck import wire
 from duck.transports.base import Ask, AskTable
 from duck.transports.control import FlockTransport, Plane, Welcome
-from duck.transports.link import Frames, Link
+from duck.transports.link import Ahead, Frames, Link
 from duck.transports.shm import Memory, ShmPlane, Slot
 from duck.transports.tcp import TcpPlane
 
@@ -299,6 +299,16 @@ class _CorruptFrames:
     def __init__(self, link: Link, frames: Frames, share: float, random: Random) -> None:
         self._link, self._frames = link, frames
         self._share, self._random = share, random
+
+    def ahead(self) -> Ahead | None:
+        """None, so that every frame goes the long way, by `place`."""
+        return None
+
+    def wants(self, ticket: int) -> bool:
+        return self._frames.wants(ticket)
+
+    def landed(self, ticket: int) -> None:
+        self._frames.landed(ticket)
 
     def check(self, header: wire.Header) -> int:
         return self._frames.check(header)

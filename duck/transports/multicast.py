@@ -173,6 +173,7 @@ class MulticastPlane:
         self._nic_of[duck] = nic
         nic.ducks.append(duck)
         return {
+            **self._tcp.offer(duck, link),
             "group": nic.group[0],
             "port": nic.group[1],
             "answers": nic.socket.address[1],
@@ -537,7 +538,7 @@ class MulticastDuckPlane:
 
     def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
         where = _Where.of(session, offer)
-        return MulticastFeed(session, self._tcp.open(session, {}), where)
+        return MulticastFeed(session, self._tcp.open(session, offer), where)
 
     def greet(self, link: Link, message: Mapping[str, Any]) -> None:
         raise WireError("no connection begins like that")
