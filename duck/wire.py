@@ -74,6 +74,9 @@ class Kind(enum.IntEnum):
     ERROR = 8
 
 
+_KINDS = {int(kind): kind for kind in Kind}  # every frame asks, and calling an enum takes its time
+
+
 class Header(NamedTuple):
     """The fixed header of a data frame; sizes and offsets in bytes."""
 
@@ -175,13 +178,12 @@ def unpack_header(data: bytes | bytearray | memoryview) -> Header:
         raise WireError(f"magic {magic:#06x}, want {MAGIC:#06x}: the peer does not speak duck")
     if version != VERSION:
         raise WireError(f"data frames of version {version}, want {VERSION}")
-    try:
-        kind = Kind(kind)
-    except ValueError:
-        raise WireError(f"unknown frame kind {kind}") from None
+    known = _KINDS.get(kind)
+    if known is None:
+        raise WireError(f"unknown frame kind {kind}")
     if not fragment < fragments or offset > total:
         raise WireError(f"fragment {fragment} of {fragments} at {offset} of {total} bytes")
-    return Header(kind, session, ticket, layer, source, fragment, fragments, total, offset, crc)
+    return Header(known, session, ticket, layer, source, fragment, fragments, total, offset, crc)
 
 
 def check_crc(

@@ -8,10 +8,15 @@ from collections.abc import Callable
 from duck.transports import shm
 from duck.transports.control import Plane
 from duck.transports.listen import DuckPlane
+from duck.transports.multicast import MulticastDuckPlane, MulticastPlane
 from duck.transports.shm import ShmDuckPlane, ShmPlane
 from duck.transports.tcp import TcpDuckPlane, TcpPlane
 
-HOST_PLANES: dict[str, Callable[[], Plane]] = {"shm": ShmPlane, "tcp": TcpPlane}
+HOST_PLANES: dict[str, Callable[[], Plane]] = {
+    "shm": ShmPlane,
+    "tcp": TcpPlane,
+    "multicast": MulticastPlane,
+}
 
 
 def duck_planes() -> list[DuckPlane]:
@@ -21,7 +26,5 @@ def duck_planes() -> list[DuckPlane]:
     if shm.is_available():
         planes.append(ShmDuckPlane())
     if sys.platform == "linux":
-        from duck.transports.multicast import MulticastDuckPlane
-
         planes.append(MulticastDuckPlane(tcp))
     return planes

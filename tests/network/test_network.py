@@ -21,7 +21,7 @@ from duck.config import Network
 from duck.errors import TransportError
 from duck.placement import Plan
 from duck.transports.control import SILENT_TICKS
-from duck.transports.multicast import MulticastTransport
+from duck.transports.multicast import MulticastPlane, MulticastTransport
 from tests.flocks import WAIT_S, plan_for
 from tests.network.fake_node import partial_sums
 from tests.network.pond import Pond, why_not
@@ -85,7 +85,7 @@ async def attached(pond: Pond, network: Network | None = None) -> AsyncIterator[
     plan = plan_for(
         pond.ducks, hidden=7168, max_rows=64, ask_dtype="bfloat16", answer_dtype="bfloat16"
     )
-    transport = MulticastTransport(pond.addresses(), network=network)
+    transport = MulticastTransport(pond.addresses(), plane=MulticastPlane(network))
     try:
         await transport.start(plan)
         rounds = Rounds(transport, plan)
