@@ -63,7 +63,6 @@ struct Fp8 {
   static constexpr int kUpper = 0;
   static constexpr bool kScaled = true;
   static constexpr bool kParity = true;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 32 * (strip / 2); }
   static constexpr int row(int strip, int i) { return 32 * (strip / 2) + 8 * (strip % 2) + 16 * i; }
 
@@ -88,7 +87,6 @@ struct Bf16 {
   static constexpr int kUpper = 0;
   static constexpr bool kScaled = false;
   static constexpr bool kParity = false;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 32 * strip; }
   static constexpr int row(int strip, int i) { return 16 * strip + 8 * i; }
   static void even(const std::uint8_t* p, V* f) {
@@ -104,7 +102,6 @@ struct F32 {
   static constexpr int kUpper = 0;
   static constexpr bool kScaled = false;
   static constexpr bool kParity = false;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 64 * strip; }
   static constexpr int row(int strip, int i) { return 16 * strip + 8 * i; }
   static void even(const std::uint8_t* p, V* f) {

@@ -71,7 +71,6 @@ struct Fp8 {
   static constexpr int kUpper = 32;
   static constexpr bool kScaled = true;
   static constexpr bool kParity = true;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int) { return 0; }
   static constexpr int row(int strip, int i) { return 8 * strip + 16 * i; }
 
@@ -94,7 +93,6 @@ struct Bf16 {
   static constexpr int kUpper = 16;
   static constexpr bool kScaled = false;
   static constexpr bool kParity = false;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 64 * strip; }
   static constexpr int row(int strip, int i) { return 32 * strip + 8 * i; }
   static void even(const std::uint8_t* p, V* f) {
@@ -110,7 +108,6 @@ struct F32 {
   static constexpr int kUpper = 8;
   static constexpr bool kScaled = false;
   static constexpr bool kParity = false;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 128 * strip; }
   static constexpr int row(int strip, int i) { return 32 * strip + 16 * i; }
   static void even(const std::uint8_t* p, V* f) {
