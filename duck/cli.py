@@ -9,6 +9,8 @@ to stderr. Heavy modules are imported by the command that needs them: a duck mus
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -20,39 +22,58 @@ import duck
 from duck import log
 from duck.config import CHOICES, model_folder
 from duck.errors import ConfigError, DuckError
+from duck.wire import plain
 
 if TYPE_CHECKING:
     from duck.sampling import Sampling
 
 # Commands that design.md names and this version does not have.
-PLANNED = ("serve", "pack", "bench", "trace", "plan", "doctor")
+PLANNED = ("serve", "bench", "trace", "plan", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an answer may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(argv)
-    except KeyboardInterrupt:
-        return 130
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output went away (`duck generate ... | head`): nothing is wrong. Python
-        # would
-        # complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output went away (`duck generate ... | head`): nothing is wrong.
+        _drop_output()
         return 0
+    except OSError as error:
+        _drop_output()
+        _complain(f"cannot go on: {error.strerror or error}")
+        return 2
+
+
+def _drop_output() -> None:
+    """Stdout is of no more use; Python would say so once more when it flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _complain(text: str) -> None:
+    """One line on stderr, whatever a file or a peer put into the text."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"duck: {plain(text)}\n")
+        sys.stderr.flush()
 
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
         words = sys.argv[1:] if argv is None else list(argv)
         if words and words[0] in PLANNED:
-            raise ConfigError(f"duck {words[0]} is not built yet; see duck --help for what is")
+            raise ConfigError(f"{words[0]} is not built yet; see duck --help for what is")
         arguments = _parser().parse_args(words)
         log.configure(arguments.log_level, json=arguments.json)
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
     except DuckError as error:
-        sys.stderr.write(f"duck: {error}\n")
+        _complain(str(error))
         return error.exit_code
 
 
@@ -96,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from a file (-: stdin)")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", help="token ids, nothing added")
     generate.add_argument("--chat", action="store_true", help="put the prompt in the chat format")
+    generate.add_argument(
+        "-v", "--verbose", action="store_true", help="also show what the host and the ducks hold"
+    )
     generate.set_defaults(command=_generate)
 
     chat = commands.add_parser(
@@ -125,15 +149,43 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--model", metavar="DIR", help="read this duck's columns from a model folder"
     )
-    source.add_argument("--store", metavar="DIR", help="(planned) read packed slices")
+    source.add_argument(
+        "--store", metavar="DIR",
+        help="read packed layers (duck pack); what the folder lacks is sent by the host, and kept",
+    )  # fmt: skip
     node.add_argument("--key-file", metavar="F", help="(planned) the cluster's key")
     node.add_argument(
         "--insecure",
         action="store_true",
         help="listen on other addresses than loopback without a key",
     )
+    node.add_argument(
+        "--threads", type=int, default=0, metavar="N",
+        help="threads that compute (default: one for each processor)",
+    )  # fmt: skip
+    node.add_argument(
+        "--spin-us", type=int, default=2000, metavar="N",
+        help="how long a thread without work stays awake (default: 2000)",
+    )  # fmt: skip
+    node.add_argument(
+        "--pin", action="store_true",
+        help="keep every thread on its processor; for machines that do nothing else",
+    )  # fmt: skip
     node.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     node.set_defaults(command=_node)
+
+    pack = commands.add_parser(
+        "pack", parents=[common], help="cut a model's experts into one folder for each duck",
+        description="Write OUT/duck-000, OUT/duck-001, ...: the slices of all ducks, for "
+        "duck node --store. Repeating it completes what was interrupted.",
+    )  # fmt: skip
+    pack.add_argument("model", metavar="MODEL", help='a model folder, or "demo"')
+    pack.add_argument("--ducks", type=int, metavar="N", help="how many ducks (default: 2)")
+    pack.add_argument(
+        "--weights", metavar="A,B,C", help="one number a duck: slices as wide (default: equal)"
+    )
+    pack.add_argument("--out", metavar="DIR", required=True)
+    pack.set_defaults(command=_pack)
 
     for name in PLANNED:
         commands.add_parser(name, help="(planned)", add_help=False)
@@ -219,8 +271,8 @@ def _prompt_of(arguments: argparse.Namespace) -> str | list[int]:
         return _ids(arguments.prompt_ids)
     if getattr(arguments, "prompt", None) is not None:
         return str(arguments.prompt)
-    name = getattr(arguments, "text_file", None) or arguments.prompt_file
-    return _read_text(name)
+    given = getattr(arguments, "text_file", None)
+    return _read_text(arguments.prompt_file if given is None else given)
 
 
 def _ids(text: str) -> list[int]:
@@ -231,6 +283,8 @@ def _ids(text: str) -> list[int]:
 
 
 def _read_text(name: str) -> str:
+    if not name:
+        raise ConfigError("the file's name is empty: give a path, or - for stdin")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return data.decode()
@@ -246,10 +300,13 @@ def _generate(arguments: argparse.Namespace) -> int:
     from duck import terminal
 
     options, sampling = engine_options(arguments), sampling_of(arguments)
+    if sampling.logprobs is not None and not arguments.json:
+        raise ConfigError("--logprobs is for machines: add --json")
     prompt = _prompt_of(arguments)
     return terminal.generate(
-        arguments.model, prompt, sampling, options, chat=arguments.chat, as_json=arguments.json
-    )
+        arguments.model, prompt, sampling, options,
+        chat=arguments.chat, as_json=arguments.json, verbose=arguments.verbose,
+    )  # fmt: skip
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -264,18 +321,26 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace) -> int:
     from duck import terminal
 
-    out = None if arguments.logits_out is None else Path(arguments.logits_out)
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--logits-out {out}: no such folder: {out.parent}")
+    out = None if arguments.logits_out is None else _output_file(arguments.logits_out)
     return terminal.score(
         arguments.model, _prompt_of(arguments), engine_options(arguments),
         mtp=arguments.mtp, out=out, as_json=arguments.json,
     )  # fmt: skip
 
 
+def _output_file(name: str) -> Path:
+    """A file that can be written, checked before the work is done."""
+    path = Path(name)
+    if not name or path.is_dir() or (path.exists() and not path.is_file()):
+        raise ConfigError(f"--logits-out {name!r} is no file: give the path of a file to write")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--logits-out {name}: no such folder: {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--logits-out {name}: may not be written")
+    return path
+
+
 def _node(arguments: argparse.Namespace) -> int:
-    if arguments.store is not None:
-        raise ConfigError("--store is not built yet; use --model DIR")
     if arguments.key_file is not None:
         raise ConfigError(
             "--key-file is not built yet; listen on a loopback address, or --insecure"
@@ -283,16 +348,56 @@ def _node(arguments: argparse.Namespace) -> int:
     # Numpy's BLAS must not split one row over threads: N ducks on one box would fight over its
     # cores, and a row's bits would depend on the machine. It reads this when numpy is loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from duck.node import run_node
+    from duck.node import Kernel, run_node
 
+    for name in ("threads", "spin_us"):
+        if getattr(arguments, name) < 0:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {getattr(arguments, name)}: want 0 or more")
     run_node(
         arguments.listen,
-        model_folder(arguments.model),
+        model=model_folder(arguments.model) if arguments.model else None,
+        store=Path(arguments.store) if arguments.store else None,
+        kernel=Kernel(arguments.threads, arguments.spin_us, arguments.pin),
         insecure=arguments.insecure,
         parent=arguments.parent,
         as_json=arguments.json,
     )
     return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from duck.pack import pack
+    from duck.pack import show as show_packed
+
+    weights = _weights(arguments.weights, arguments.ducks)
+    from duck.bars import bars
+
+    with bars("packing") as note:
+        packed = pack(
+            model_folder(arguments.model), weights, Path(arguments.out),
+            lambda done, total: note("slices", done, total),
+        )  # fmt: skip
+    if arguments.json:
+        write_json({"ducks": [duck.to_json() for duck in packed]})
+    else:
+        show_packed(packed)
+    return 0
+
+
+def _weights(text: str | None, ducks: int | None) -> list[float]:
+    """The ducks' weights from --weights and --ducks."""
+    if text is None:
+        if ducks is not None and ducks < 1:
+            raise ConfigError(f"--ducks {ducks}: want 1 or more")
+        return [1.0] * (2 if ducks is None else ducks)
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--weights {text[:60]!r}: want numbers as 2,1,1") from None
+    if ducks not in (None, len(weights)):
+        raise ConfigError(f"--weights has {len(weights)} numbers for --ducks {ducks}")
+    return weights
 
 
 def write_json(value: Any) -> None:

@@ -27,8 +27,23 @@ DEMO = Path(__file__).parent / "demo"
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder of a MODEL argument; "demo" is the model that ships with the package."""
-    return DEMO if str(path) == "demo" else Path(path)
+    """The folder of a MODEL argument; "demo" is the model that ships with the package.
+
+    Raises:
+        ConfigError: no path, or one that may not be looked into.
+    """
+    if str(path) == "demo":
+        return DEMO
+    folder = Path(path)
+    if not str(path):
+        raise ConfigError('MODEL is empty: give a model folder, or "demo"')
+    try:
+        (folder / "config.json").is_file()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the model folder {str(folder)[:200]}: {error.strerror}"
+        ) from error
+    return folder
 
 
 @dataclass(frozen=True)
@@ -78,8 +93,10 @@ class Ducks:
         """
         if text.startswith("local:"):
             count = text.removeprefix("local:")
-            if not (count.isascii() and count.isdigit() and 1 <= int(count) <= MAX_LOCAL_DUCKS):
-                raise ConfigError(f"--ducks {text}: want local:N with N of 1..{MAX_LOCAL_DUCKS}")
+            if not (_is_number(count) and 1 <= int(count) <= MAX_LOCAL_DUCKS):
+                raise ConfigError(
+                    f"--ducks {text[:80]}: want local:N with N of 1..{MAX_LOCAL_DUCKS}"
+                )
             return cls(int(count))
         if text.endswith(".toml"):
             return cls._from_file(Path(text))
@@ -89,7 +106,7 @@ class Ducks:
                 split_address(address)
         except ConfigError as error:
             raise ConfigError(
-                f"--ducks {text}: want local:N, HOST:PORT,HOST:PORT or FILE.toml ({error})"
+                f"--ducks {text[:80]}: want local:N, HOST:PORT,HOST:PORT or FILE.toml ({error})"
             ) from None
         if len(set(addresses)) != len(addresses):
             raise ConfigError(f"--ducks {text}: an address appears twice")
@@ -101,7 +118,7 @@ class Ducks:
             document = tomllib.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"--ducks {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"--ducks {path}: {error}") from error
         _known(path, "the file", document, {"host", "duck"})
         host = document.get("host", {})
@@ -163,9 +180,13 @@ def split_address(text: str) -> tuple[str, int]:
         ConfigError: anything else.
     """
     host, _, port = text.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ConfigError(f"address {text!r}: want HOST:PORT with a port of 0..65535")
+    if not host or not _is_number(port) or int(port) > 65535:
+        raise ConfigError(f"address {text[:80]!r}: want HOST:PORT with a port of 0..65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def is_loopback(host: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,23 +19,25 @@ from typing import Any, TypeVar
 import numpy as np
 import structlog
 
-from duck import log, placement, wire
+from duck import log, memory, placement, wire
 from duck.config import Ducks, Options, model_folder
 from duck.device import Device, limit_threads
 from duck.errors import ConfigError
 from duck.flock import Flock
-from duck.local import LocalDucks
+from duck.kernels import library
+from duck.local import LocalDucks, threads_each
 from duck.model.config import ModelConfig
 from duck.model.tokenizer import StopScanner, TextStream
 from duck.model.transformer import Transformer
 from duck.model.weights import Checkpoint, experts_digest
-from duck.node import Node
+from duck.node import Kernel, Node
 from duck.pipeline import PREFILL_ROWS, Meter, Pipeline, overlap_efficiency
 from duck.placement import Plan
 from duck.prompts import Prompt, Prompts
+from duck.report import DuckLoad, LoadReport
 from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
-from duck.slices import SliceSource
+from duck.slices import ModelSource, layer_stream, resident_format, slice_of
 from duck.transports.base import Transport
 from duck.transports.loopback import LoopbackTransport
 from duck.transports.tcp import TcpTransport
@@ -72,10 +74,16 @@ class Engine:
     """A loaded model with its flock; made by `Engine.open`."""
 
     def __init__(
-        self, prompts: Prompts, model: Transformer, pipeline: Pipeline, plan: Plan, transport: str
+        self,
+        prompts: Prompts,
+        model: Transformer,
+        pipeline: Pipeline,
+        plan: Plan,
+        transport: str,
+        load: LoadReport,
     ) -> None:
         self.prompts, self.config, self.tokenizer = prompts, prompts.config, prompts.tokenizer
-        self.plan, self.transport = plan, transport
+        self.plan, self.transport, self.load = plan, transport, load
         self._model, self._pipeline = model, pipeline
 
     @classmethod
@@ -119,6 +127,9 @@ class Engine:
             stack.callback(device.close)
             in_process = chosen.transport == "loopback"
             local: LocalDucks | None = None
+            if in_process or ducks.local:
+                # Compiled now if need be: they would all do so at once, and be late.
+                await _load(lambda _: library.native())
             if ducks.local and not in_process:
                 local = LocalDucks.launch(ducks.local, folder)  # they start while we load
                 stack.callback(local.kill)
@@ -129,7 +140,11 @@ class Engine:
                 columns=config.moe_intermediate_size,
                 slices=slices,
                 shape=_shape(config, device, chosen),
+                resident=resident_format(checkpoint, config),
             )
+            if in_process or local:
+                needed = sum(slice_of(plan, duck).nbytes for duck in range(plan.ducks))
+                memory.check_fits(needed, local=plan.ducks)
 
             def read(check: Callable[[], None]) -> Transformer:
                 def step(done: int, total: int) -> None:
@@ -143,22 +158,26 @@ class Engine:
             model = await _load(read)
             transport: Transport
             if in_process:
-                source = SliceSource(folder)
-                transport = LoopbackTransport([Node(source) for _ in slices])
+                source, kernel = ModelSource(folder), Kernel(threads_each(len(slices)))
+                transport = LoopbackTransport([Node(source, kernel) for _ in slices])
             else:
                 addresses, labels = ducks.addresses, ducks.labels
                 if local:
                     await local.listening()
                     addresses, labels = local.addresses, local.labels
                 transport = TcpTransport(
-                    addresses, labels, lambda duck, done, total: note(f"duck {duck}", done, total)
+                    addresses,
+                    labels,
+                    lambda duck, done, total: note(f"duck {duck}", done, total),
+                    lambda duck, layer: layer_stream(checkpoint, slice_of(plan, duck), layer),
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)
             await flock.start()
             drafts = chosen.draft != "off"
             pipeline = Pipeline(model, device, flock, drafts=drafts)
-            yield cls(prompts, model, pipeline, plan, "loopback" if in_process else "tcp")
+            load = _report(checkpoint, model, plan, transport.attached)
+            yield cls(prompts, model, pipeline, plan, "loopback" if in_process else "tcp", load)
 
     # answers
 
@@ -183,16 +202,18 @@ class Engine:
         ids = self.prompts.encode(prompt, chat=chat)
         session = session or self.session()
         limit = self.prompts.limit(len(ids), sampling.max_tokens)
-        session.reserve(len(ids) + min(limit, 256))
-        rest = session.rewind_to(ids)
-        run = _Run(self, sampling, len(ids), len(rest))
-        await self._pipeline.prefill(session, rest, run.meter)
-        async with aclosing(self._pipeline.decode(session, sampling, limit, run.meter)) as decode:
-            async for settled in decode:
-                piece = run.settle(settled.token, settled.logprobs, last=run.count + 1 == limit)
-                yield piece
-                if piece.finish_reason:
-                    return
+        with session.answering():
+            session.reserve(len(ids) + min(limit, 256))
+            rest = session.rewind_to(ids)
+            run = _Run(self, sampling, len(ids), len(rest))
+            await self._pipeline.prefill(session, rest, run.meter)
+            decode = self._pipeline.decode(session, sampling, limit, run.meter)
+            async with aclosing(decode):
+                async for settled in decode:
+                    piece = run.settle(settled.token, settled.logprobs, last=run.count + 1 == limit)
+                    yield piece
+                    if piece.finish_reason:
+                        return
 
     async def generate(
         self,
@@ -299,6 +320,22 @@ def _copy(meter: Meter) -> Meter:
     copy = Meter(ask_s=meter.ask_s, duck_s=meter.duck_s, duck_busy_s=list(meter.duck_busy_s))
     copy.device.seconds = meter.device.seconds
     return copy
+
+
+def _report(
+    checkpoint: Checkpoint, model: Transformer, plan: Plan, attached: Sequence[Mapping[str, Any]]
+) -> LoadReport:
+    source_bytes = checkpoint.experts_nbytes(model.config)
+    return LoadReport(
+        tuple(model.tally.categories.values()),
+        model.new_cache(1).nbytes,
+        [
+            DuckLoad.of(
+                f"duck {duck}", part, plan.columns, len(plan.layers), source_bytes, attached[duck]
+            )
+            for duck, part in enumerate(plan.slices)
+        ],
+    )
 
 
 def _shape(config: ModelConfig, device: Device, options: Options) -> wire.Shape:

@@ -8,14 +8,9 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 
 from duck import wire
-from duck.errors import DuckLost
+from duck.errors import DuckLost, WireError
 from duck.placement import Plan
-from duck.transports.base import Ask, Transport
-
-# A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for
-# what nothing else catches. Frozen and dead ducks are noticed by the transport within seconds.
-ASK_S = 30.0
-ASK_ROW_S = 0.5
+from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Transport
 
 
 class FlockAsk:
@@ -31,6 +26,7 @@ class FlockAsk:
 
         Raises:
             DuckLost, TransportClosed: there is no sum.
+            WireError: it is not finite.
         """
         ask = self._ask
         try:
@@ -43,9 +39,17 @@ class FlockAsk:
         try:
             partials = rows.partials(ask.count)
             total: np.ndarray = np.array(wire.to_float32(partials[0]))
-            for partial in partials[1:]:
-                total += wire.to_float32(partial)
+            with np.errstate(over="ignore", invalid="ignore"):  # we look at the sum below
+                for partial in partials[1:]:
+                    total += wire.to_float32(partial)
             self.ducks_us = tuple(rows.stamps(duck) for duck in range(len(partials)))
+            if not np.isfinite(total).all():
+                finite = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
+                bad = [str(duck) for duck, good in enumerate(finite) if not good]
+                raise WireError(
+                    f"the answers at layer {ask.layer} do not add up to numbers: "
+                    + (f"not finite from duck {', '.join(bad)}" if bad else "the sum overflows")
+                )
         finally:
             ask.release()
         return total

@@ -14,6 +14,14 @@ from pathlib import Path
 from duck.errors import TransportError
 
 START_S = 30.0
+END_S = 5.0
+
+
+def threads_each(ducks: int) -> int:
+    """How many threads each of so many ducks may have: no more in all than processors."""
+    usable = getattr(os, "sched_getaffinity", None)
+    processors = len(usable(0)) if usable else os.cpu_count() or 1
+    return max(1, processors // ducks)
 
 
 class LocalDucks:
@@ -31,14 +39,14 @@ class LocalDucks:
         environment.setdefault("OPENBLAS_NUM_THREADS", "1")
         command = [
             sys.executable, "-m", "duck", "node", "--listen", "127.0.0.1:0",
-            "--model", str(folder), "--parent", str(os.getpid()), "--json",
+            "--model", str(folder), "--parent", str(os.getpid()), "--json", "--log-level", "error",
+            "--threads", str(threads_each(count)),
         ]  # fmt: skip
         ducks = cls([])
         try:
             for _ in range(count):
                 # A session of its own: Ctrl-C in the terminal is for the host, which then ends its
-                # ducks.
-                # Its standard input is our end of a pipe, closed by the system when we die.
+                # ducks. Its standard input is a pipe whose other end the system closes when we die.
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
@@ -74,6 +82,8 @@ class LocalDucks:
             try:
                 addresses.append(str(json.loads(text)["address"]))
             except (ValueError, KeyError, TypeError):
+                # Its output has ended; its process does so a moment later.
+                await loop.run_in_executor(None, _wait, process)
                 raise TransportError(
                     f"local duck {number} ended before it listened ({self._ending(process)})"
                 ) from None
@@ -117,6 +127,11 @@ class LocalDucks:
             for pipe in (process.stdin, process.stdout):
                 if pipe:
                     pipe.close()
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_S)
 
 
 def _first_line(process: subprocess.Popen[bytes]) -> bytes:

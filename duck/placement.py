@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from duck.errors import ConfigError, WireError
 TILE = 64
 # Version of what a slice's bytes mean; part of its hash, so that nobody attaches to another layout.
 LAYOUT = 1
+# How a weight is held: as published, bit for bit.
+RESIDENTS = ("fp8", "bf16", "f32")
 
 
 def equal_slices(columns: int, ducks: int) -> tuple[range, ...]:
@@ -32,19 +35,41 @@ def equal_slices(columns: int, ducks: int) -> tuple[range, ...]:
     Raises:
         ConfigError: no duck at all, or more ducks than columns.
     """
+    return weighted_slices(columns, [1] * ducks)
+
+
+def weighted_slices(columns: int, weights: Sequence[float]) -> tuple[range, ...]:
+    """Contiguous column ranges as wide as the ducks' weights, one per duck, in duck order.
+
+    Multiples of 64 columns as in `equal_slices`. Every duck gets at least one unit; the rest goes
+    where a width is furthest below its share, so no width is further than it must be from it.
+
+    Raises:
+        ConfigError: no duck at all, more ducks than columns, or a weight that is not above 0.
+    """
+    ducks = len(weights)
     if not 1 <= ducks <= columns:
         raise ConfigError(
             f"{ducks} ducks for {columns} columns: every duck holds at least one column of each "
             f"expert's intermediate dimension, so use 1..{columns} ducks"
         )
+    for weight in weights:
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"weight {weight}: want a number above 0 for every duck")
     unit = TILE if columns % TILE == 0 and columns // TILE >= ducks else 1
-    whole, spare = divmod(columns // unit, ducks)
-    ranges, start = [], 0
-    for duck in range(ducks):
-        stop = start + (whole + (duck < spare)) * unit
-        ranges.append(range(start, stop))
-        start = stop
-    return tuple(ranges)
+    units = columns // unit
+    largest = max(weights)
+    parts = [weight / largest for weight in weights]
+    shares = [units * part / sum(parts) for part in parts]
+    widths = [max(1, math.floor(share)) for share in shares]
+    spare = max(0, units - sum(widths))  # fewer than ducks: each was rounded down by less than one
+    for duck in sorted(range(ducks), key=lambda duck: widths[duck] - shares[duck])[:spare]:
+        widths[duck] += 1
+    for _ in range(sum(widths) - units):
+        wide = [duck for duck in range(ducks) if widths[duck] > 1]
+        widths[max(wide, key=lambda duck: widths[duck] - shares[duck])] -= 1
+    edges = [0, *itertools.accumulate(width * unit for width in widths)]
+    return tuple(range(start, stop) for start, stop in itertools.pairwise(edges))
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,7 @@ class Plan:
     columns: int  # the intermediate dimension of one expert
     slices: tuple[range, ...]  # duck -> its columns
     shape: wire.Shape
+    resident: str = "fp8"  # one of RESIDENTS
 
     @property
     def ducks(self) -> int:
@@ -65,7 +91,8 @@ class Plan:
     def slice_hash(self, duck: int) -> str:
         """Identifies the bytes a duck must hold: model, columns, layout."""
         columns = self.slices[duck]
-        text = f"{self.model}/{LAYOUT}/{columns.start}:{columns.stop}/{self.columns}"
+        layout = f"{LAYOUT}/{self.resident}"
+        text = f"{self.model}/{layout}/{columns.start}:{columns.stop}/{self.columns}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def hash(self) -> str:
@@ -84,6 +111,7 @@ class Plan:
             "ask_dtype": self.shape.ask_dtype,
             "answer_dtype": self.shape.answer_dtype,
             "max_rows": self.shape.max_rows,
+            "resident": self.resident,
         }
 
     @classmethod
@@ -111,6 +139,11 @@ class Plan:
         shape = wire.Shape(
             number["hidden"], number["top_k"], dtypes[0], dtypes[1], number["max_rows"]
         )
+        resident = wire.field(message, "resident", str)
+        if resident not in RESIDENTS:
+            raise WireError(
+                f"plan: resident {resident[:20]!r}; this duck knows {', '.join(RESIDENTS)}"
+            )
         largest = max(shape.ask_bytes(shape.max_rows), shape.answer_bytes(shape.max_rows))
         if largest > wire.MESSAGE_LIMIT:
             raise WireError(f"plan: messages of {largest} bytes, at most {wire.MESSAGE_LIMIT}")
@@ -121,7 +154,50 @@ class Plan:
             columns=number["columns"],
             slices=slices,
             shape=shape,
+            resident=resident,
         )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one duck holds: all that decides its bytes, and their sizes."""
+
+    hash: str
+    model: str  # digest of the routed experts
+    layout: int
+    resident: str
+    start: int  # the columns from start to stop - 1 of the intermediate dimension
+    stop: int
+    columns: int  # of the whole intermediate dimension
+    layers: tuple[int, ...]
+    experts: int
+    hidden: int
+    record_bytes: int  # of one expert
+    scale_floats: int  # of one expert
+
+    @classmethod
+    def of(cls, plan: Plan, duck: int, record_bytes: int, scale_floats: int) -> Slice:
+        """One duck's slice; the sizes are the kernel's."""
+        part = plan.slices[duck]
+        return cls(
+            hash=plan.slice_hash(duck), model=plan.model, layout=LAYOUT, resident=plan.resident,
+            start=part.start, stop=part.stop, columns=plan.columns, layers=plan.layers,
+            experts=plan.experts, hidden=plan.shape.hidden,
+            record_bytes=record_bytes, scale_floats=scale_floats,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return f"columns {self.start}:{self.stop} of {self.columns} of model {self.model[:12]}"
+
+    @property
+    def layer_bytes(self) -> int:
+        """Resident bytes of one layer: records and scales of all experts."""
+        return self.experts * (self.record_bytes + 4 * self.scale_floats)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of all layers."""
+        return len(self.layers) * self.layer_bytes
 
 
 def _bounded(message: Mapping[str, Any], name: str, limit: int) -> int:

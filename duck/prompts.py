@@ -55,6 +55,11 @@ class Prompts:
             ids = [self._checked(id_) for id_ in prompt]
         if not ids:
             raise empty
+        if max(ids) >= self.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer gives id {max(ids)}, the model's vocabulary has ids "
+                f"0..{self.config.vocab_size - 1}: tokenizer.json is of another model"
+            )
         if len(ids) + answer > self.config.max_context:
             wants = ", and an answer needs one" if answer else ""
             raise ConfigError(f"the prompt has {len(ids)} tokens; {self.context()}{wants}")

@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,11 +81,6 @@ class Sampling:
             )
         object.__setattr__(self, "stop", tuple(stop))
 
-    @property
-    def filters(self) -> bool:
-        """Whether any filter may drop a token."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
     def _integer(self, name: str, low: int, high: int | None) -> None:
         value: Any = getattr(self, name)
         try:
@@ -99,11 +94,10 @@ class Sampling:
 
     def _number(self, name: str, low: float, high: float, allowed: str) -> None:
         value: Any = getattr(self, name)
-        number = (
-            float(value)
-            if isinstance(value, SupportsFloat) and not isinstance(value, bool)
-            else math.nan
-        )
+        try:
+            number = math.nan if isinstance(value, bool | str) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
         if not (low <= number <= high and math.isfinite(number)):  # a NaN fails here too
             raise ConfigError(f"{name}={value!r}: allowed is {allowed}")
         object.__setattr__(self, name, number)
@@ -138,13 +132,15 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, position: int) -> in
         raise DuckError(f"no token can be chosen at position {position}: {found}")
     if sampling.temperature == 0:
         return best
-    # With Gumbel = -log E, E exponential, argmax(log w + Gumbel) is argmax(w / E): two logs saved.
     weights = allowed_weights(logits, sampling)
-    words = _noise_words(sampling.seed, position, logits.size)
-    if sampling.filters:
-        alive = np.flatnonzero(weights > 0)
-        return int(alive[np.argmax(weights[alive] / _exponential(words[alive]))])
-    return int(np.argmax(weights / _exponential(words)))
+    uniform = _uniform(sampling.seed, position, logits.size)
+    # With Gumbel = -log E, E = -log(1 - u), argmax(log w + Gumbel) is argmax(w / E). As E > u, no
+    # token with u > w * E(likeliest) can beat the likeliest, whose w is 1: few are left to take
+    # logs of. The filters may have dropped `best`, if another weight rounded to 1 as well.
+    likeliest = int(np.argmax(weights))
+    bound = _exponential(uniform[likeliest]) * np.float32(1 + 1e-6)  # with room for rounding
+    ids = np.flatnonzero(uniform <= weights * bound)
+    return int(ids[np.argmax(weights[ids] / _exponential(uniform[ids]))])
 
 
 def allowed_weights(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float32]:
@@ -172,14 +168,13 @@ def allowed_weights(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[
 def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:
     """Zero what lies outside the smallest set that sums to top_p of the whole."""
     needed = top_p * float(weights.sum(dtype=np.float64))
-    # Sorting a whole vocabulary costs a millisecond; nearly always the likeliest few suffice.
-    largest = weights
-    for floor in (1e-2, 1e-4, 0.0):
-        largest = weights[weights > floor]
-        if largest.sum(dtype=np.float64) >= needed:
-            break
+    # Sorting a whole vocabulary takes a millisecond; nearly always the likeliest few suffice.
+    likely = weights > 1e-3
+    largest = weights[likely] if 8 * np.count_nonzero(likely) < weights.size else weights
+    if largest.sum(dtype=np.float64) < needed:
+        largest = weights
     largest = np.sort(largest)[::-1]
-    # Running sums in two strides: over a whole vocabulary cumsum takes twice as long as the sort.
+    # Running sums in two strides: over a whole vocabulary cumsum takes longer than the sort.
     starts = np.arange(0, largest.size, 512)
     sums = np.cumsum(np.add.reduceat(largest, starts, dtype=np.float64))
     block = min(int(np.searchsorted(sums, needed)), sums.size - 1)  # clipped: needed is rounded
@@ -195,25 +190,26 @@ def _keep_nucleus(weights: NDArray[np.float32], top_p: float) -> None:
     weights[dropped_ties] = 0
 
 
-def _noise_words(seed: int, position: int, vocabulary: int) -> NDArray[np.uint32]:
-    """One random word per token id: (vocabulary,), a function of (seed, position, id) alone."""
+def _uniform(seed: int, position: int, vocabulary: int) -> NDArray[np.float32]:
+    """Uniform noise in (0, 1): (vocabulary,), a function of (seed, position, token id) alone."""
     philox = np.random.Philox(key=np.array([seed, position], dtype=np.uint64))
     # Raw words, not Generator's methods: only these does numpy promise never to change.
     words: NDArray[np.uint64] = philox.random_raw((vocabulary + 1) // 2)
-    return words.view(np.uint32)[:vocabulary]
+    return _to_unit(words.view(np.uint32)[:vocabulary])
 
 
-def _exponential(words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Standard exponential noise, above 0 and finite, from uniform words."""
-    # Uniform in (0, 1), finest near 0: from there come the small exponentials, which decide. The
-    # scale lies just below 2**-32: the largest word must not round to 1, of infinite exponential.
-    noise = words.astype(np.float32)
-    noise += np.float32(0.5)
-    noise *= np.float32(2**-32 * (1 - 2**-24))
-    np.negative(noise, out=noise)
-    np.log1p(noise, out=noise)
-    np.negative(noise, out=noise)
-    return noise
+def _to_unit(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Words to (0, 1), finest near 0: there are the small exponentials, which decide."""
+    unit = words.astype(np.float32)
+    unit += np.float32(0.5)
+    # Just below 2**-32: the largest word must not round to 1, whose exponential is infinite.
+    unit *= np.float32(2**-32 * (1 - 2**-24))
+    return unit
+
+
+def _exponential(uniform: Any) -> Any:
+    """Standard exponential noise, above 0 and finite, from uniform noise of any shape."""
+    return -np.log1p(-uniform)
 
 
 def logprobs(logits: NDArray[np.float32], token: int, top: int) -> TokenLogprobs:

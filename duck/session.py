@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
+from duck.errors import ConfigError
 from duck.model.transformer import KVCache, Transformer
 
 
@@ -23,6 +25,22 @@ class Session:
         self.length = 0
         self.mtp_length = 0
         self.hidden: Tensor | None = None  # (1, hidden) of position length - 1, after model.norm
+        self._answering = False
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Held while an answer is made.
+
+        Raises:
+            ConfigError: another answer is being made in this session.
+        """
+        if self._answering:
+            raise ConfigError("this session is answering already: use one session an answer")
+        self._answering = True
+        try:
+            yield
+        finally:
+            self._answering = False
 
     def reserve(self, capacity: int) -> None:
         """Make room for that many positions."""

@@ -1,32 +1,95 @@
-"""Filling a duck's memory with its slice of every expert, from a model folder on its own disk."""
+"""Where a duck's slice comes from: a model folder on its own disk, or a store of packed layers.
+
+Either fills the records and scales of whole layers, in place. A layer that a store lacks is sent by
+the host, which cuts it from its own checkpoint with `layer_stream`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from duck.errors import ConfigError
+from duck.kernels.experts import Sizes, pack, resident_for
 from duck.model.config import ModelConfig
-from duck.model.weights import Checkpoint, ExpertWeights, experts_digest
-from duck.placement import Plan
+from duck.model.weights import Checkpoint, experts_digest
+from duck.placement import Plan, Slice
+from duck.store import LayerImage, LayerWriter, Store, check_room, file_bytes, file_header
+
+Progress = Callable[[int], None]  # resident bytes that have come, of one stretch
+Check = Callable[[], None]  # called now and then; raises when the work is to end
 
 
-class Experts(Protocol):
-    """Resident slices and their arithmetic; see `kernels.reference.experts` for the meaning."""
+class Arena(Protocol):
+    """Resident slices: memory to fill, and their arithmetic."""
 
     @property
     def nbytes(self) -> int: ...
-    def load(self, layer: int, expert: int, weights: ExpertWeights) -> None: ...
+    def records(self, layer: int) -> np.ndarray:
+        """(experts, record_bytes) uint8."""
+        ...
+
+    def scales(self, layer: int) -> np.ndarray:
+        """(experts, scale_floats) float32."""
+        ...
+
+    def adopt(self, layer: int, expert: int, start: int) -> None:
+        """Use what was put into records and scales, once; start: the slice's first column."""
+        ...
+
     def forward(
         self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, out: np.ndarray
-    ) -> None: ...
+    ) -> None:
+        """Partial sums; see `kernels.reference.experts` for the meaning."""
+        ...
 
 
-class SliceSource:
-    """A model folder that a duck can read its slices from."""
+class Source(Protocol):
+    """What a duck can read its slice from."""
+
+    def check(self, want: Slice) -> None:
+        """Raises ConfigError when it is of another model, or holds another slice."""
+        ...
+
+    def has(self, want: Slice) -> Collection[int]:
+        """The layers that it can read now; raises as `check`."""
+        ...
+
+    def load(
+        self, want: Slice, layers: Sequence[int], arena: Arena, progress: Progress, check: Check
+    ) -> None:
+        """Read layers that it has into memory; blocking."""
+        ...
+
+    def __str__(self) -> str:
+        """How people are told what it is."""
+        ...
+
+
+def slice_of(plan: Plan, duck: int) -> Slice:
+    """One duck's slice with the kernel's sizes."""
+    sizes = Sizes.of(plan.shape.hidden, len(plan.slices[duck]), plan.resident)
+    return Slice.of(plan, duck, sizes.record_bytes, sizes.scale_floats)
+
+
+def resident_format(checkpoint: Checkpoint, config: ModelConfig) -> str:
+    """The resident that holds all routed experts exactly, in the fewest bytes."""
+    dtypes = {
+        checkpoint.info(f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight").dtype
+        for layer in config.moe_layers
+        for expert in range(config.n_routed_experts)
+        for part in ("gate_proj", "up_proj", "down_proj")
+    }
+    found = {resident_for(dtype, checkpoint.block) for dtype in dtypes}
+    return found.pop() if len(found) == 1 else "f32"
+
+
+class ModelSource:
+    """A model folder: a duck reads its columns of every expert from the published files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,36 +98,107 @@ class SliceSource:
         self.checkpoint.check(self.config)
         self.digest = experts_digest(self.checkpoint, self.config)
 
-    def check(self, plan: Plan) -> None:
-        """Refuse a plan made from another model.
+    def __str__(self) -> str:
+        return f"model {self.folder}"
 
-        Raises:
-            ConfigError: the digests or the sizes differ.
-        """
-        if plan.model != self.digest:
+    def check(self, want: Slice) -> None:
+        if want.model != self.digest:
             raise ConfigError(
                 f"this duck holds another model: its folder {self.folder.name} has experts "
-                f"{self.digest[:12]}, the host's model has {plan.model[:12]}; start both with the "
+                f"{self.digest[:12]}, the host's model has {want.model[:12]}; start both with the "
                 "same files"
             )
         mine = (
             self.config.moe_layers, self.config.n_routed_experts,
             self.config.moe_intermediate_size, self.config.hidden_size,
+            resident_format(self.checkpoint, self.config),
         )  # fmt: skip
-        theirs = (plan.layers, plan.experts, plan.columns, plan.shape.hidden)
+        theirs = (want.layers, want.experts, want.columns, want.hidden, want.resident)
         if mine != theirs:
             raise ConfigError(f"the host's plan has sizes {theirs}, this duck's model has {mine}")
 
+    def has(self, want: Slice) -> Collection[int]:
+        return want.layers
+
     def load(
-        self, plan: Plan, duck: int, experts: Experts, progress: Callable[[int, int], None]
+        self, want: Slice, layers: Sequence[int], arena: Arena, progress: Progress, check: Check
     ) -> None:
-        """Read one duck's columns of every expert; progress in bytes of the checkpoint."""
-        columns = plan.slices[duck]
-        per_expert = self.checkpoint.expert_nbytes(plan.layers[0], columns)
-        total = per_expert * plan.experts * len(plan.layers)
-        done = 0
-        for layer in plan.layers:
-            for expert in range(plan.experts):
-                experts.load(layer, expert, self.checkpoint.expert(layer, expert, columns))
-                done += per_expert
-                progress(done, total)
+        columns = range(want.start, want.stop)
+        for layer in layers:
+            records, scales = arena.records(layer), arena.scales(layer)
+            for expert in range(want.experts):
+                check()
+                weights = self.checkpoint.expert(layer, expert, columns)
+                pack(weights, want.resident, records[expert], scales[expert])
+                arena.adopt(layer, expert, want.start)
+                progress(records[expert].nbytes + scales[expert].nbytes)
+
+
+class StoreSource:
+    """A folder of packed layers; what it lacks can be received from a host."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = Store(folder)  # read now: a damaged manifest is told at the start
+
+    def __str__(self) -> str:
+        held = self.store.slice
+        return f"store {self.store.folder} ({held or 'empty'})"
+
+    def check(self, want: Slice) -> None:
+        self.store.check(want)
+
+    def has(self, want: Slice) -> Collection[int]:
+        self.store = Store(self.store.folder)  # duck pack may have been here since
+        self.store.check(want)
+        return self.store.whole().keys() & set(want.layers)
+
+    def load(
+        self, want: Slice, layers: Sequence[int], arena: Arena, progress: Progress, check: Check
+    ) -> None:
+        images = {layer: _image(want, layer, arena) for layer in layers}
+        self.store.load(images, progress, check, lambda layer: adopt(want, layer, arena))
+
+    @contextlib.contextmanager
+    def claim(self, want: Slice, layers: int) -> Iterator[None]:
+        """Hold the folder for receiving so many layers.
+
+        Raises:
+            ConfigError: it is another's, or its disk has no room.
+        """
+        with self.store.claim(want):
+            check_room(self.store.folder, layers * file_bytes(want))
+            yield
+
+    def receive(self, want: Slice, layer: int, arena: Arena) -> LayerWriter:
+        """Go on with a layer that a host sends; inside `claim`."""
+        return self.store.receive(layer, _image(want, layer, arena))
+
+
+def adopt(want: Slice, layer: int, arena: Arena) -> None:
+    """A layer is in place, and verified: use it."""
+    for expert in range(want.experts):
+        arena.adopt(layer, expert, want.start)
+
+
+def _image(want: Slice, layer: int, arena: Arena) -> LayerImage:
+    return LayerImage(want, arena.records(layer), arena.scales(layer))
+
+
+def layer_stream(checkpoint: Checkpoint, want: Slice, layer: int) -> Iterator[memoryview]:
+    """The bytes of a layer's file, cut from a checkpoint one expert at a time; blocking.
+
+    First the header, then one piece for each expert, then the scales. A piece is good until the
+    next one is asked for.
+
+    Raises:
+        WeightsError: a weight is missing or not a number.
+    """
+    yield memoryview(file_header(want))
+    columns = range(want.start, want.stop)
+    record = np.empty(want.record_bytes, np.uint8)
+    scales = np.empty((want.experts, want.scale_floats), np.float32)
+    for expert in range(want.experts):
+        weights = checkpoint.expert(layer, expert, columns)
+        pack(weights, want.resident, record, scales[expert])
+        yield record.data
+    yield scales.reshape(-1).view(np.uint8).data

@@ -7,22 +7,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
+from duck.bars import bars
+from duck.bars import console as _console
 from duck.cli import write_json
 from duck.config import model_folder
 from duck.engine import Engine, Piece, logits_to_logprobs
@@ -30,35 +26,24 @@ from duck.errors import ConfigError
 from duck.prompts import Prompts
 from duck.sampling import Sampling
 
-_console = Console(stderr=True)
-
-
-def _runner() -> asyncio.Runner:
-    try:
-        import uvloop
-    except ImportError:  # not on every platform; asyncio's own loop does the same, slower
-        return asyncio.Runner()
-    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
-
 
 @contextlib.contextmanager
-def _loading() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars with bytes and rate, one per loader; nothing where stderr is no terminal."""
-    columns = (
-        TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(),
-        TransferSpeedColumn(),
-    )  # fmt: skip
-    with Progress(
-        *columns, console=_console, transient=True, disable=not sys.stderr.isatty()
-    ) as bars:
-        tasks: dict[str, TaskID] = {}
+def _runner() -> Iterator[asyncio.Runner]:
+    """An event loop for one command, uvloop's where there is one."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with contextlib.suppress(ImportError):  # not on every platform; asyncio's own does the same
+        import uvloop
 
-        def note(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield note
+        factory = uvloop.new_event_loop
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the runner then replaces
+    runner = asyncio.Runner(loop_factory=factory)
+    try:
+        yield runner
+    finally:
+        # All is said: a Ctrl-C from here on has nothing to stop, and would tear the loop's closing.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        runner.close()
+        signal.signal(signal.SIGINT, previous)
 
 
 def _write(text: str) -> None:
@@ -79,10 +64,13 @@ def generate(
     *,
     chat: bool,
     as_json: bool,
+    verbose: bool,
 ) -> int:
     """`duck generate`; returns the exit code."""
     with _runner() as runner:
-        runner.run(_generate(model, prompt, sampling, options, chat=chat, as_json=as_json))
+        runner.run(
+            _generate(model, prompt, sampling, options, chat=chat, as_json=as_json, verbose=verbose)
+        )
     return 0
 
 
@@ -94,10 +82,11 @@ async def _generate(
     *,
     chat: bool,
     as_json: bool,
+    verbose: bool,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         Prompts(model_folder(model)).encode(prompt, chat=chat)  # a bad one costs no loading
-        with _loading() as progress:
+        with bars("loading") as progress:
             opening = Engine.open(model, progress=progress, **options)
             engine = await stack.enter_async_context(opening)
         if as_json:
@@ -108,6 +97,8 @@ async def _generate(
                 "finish_reason": done.finish_reason,
                 "stats": done.stats,
             }
+            if verbose:
+                answer["load"] = engine.load.to_json()
             if sampling.logprobs is not None:
                 answer["logprobs"] = [
                     {"token": c.token, "logprob": c.logprob, "top": [list(t) for t in c.top]}
@@ -115,6 +106,8 @@ async def _generate(
                 ]
             write_json(answer)
             return
+        if verbose:
+            show_load(engine)
         piece = Piece("", [])
         try:
             async for piece in engine.stream(prompt, sampling, chat=chat):
@@ -124,10 +117,18 @@ async def _generate(
         _console.print(stats_table(piece.stats, piece.finish_reason or ""))
 
 
+def show_load(engine: Engine) -> None:
+    """What the host and the ducks hold, on stderr."""
+    for table in engine.load.tables():
+        _console.print(table)
+        _console.print()
+
+
 def stats_table(stats: Mapping[str, Any], finish_reason: str) -> Table:
     """The statistics of one answer as a table for people."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     drafts, accepted = stats["drafts_proposed"], stats["drafts_accepted"]
+    ducks = f"{stats['ducks']} duck{'s' * (stats['ducks'] > 1)}"
     share = f"{accepted} of {drafts} ({accepted / drafts:.0%})" if drafts else "none"
     rows = (
         ("prompt", f"{stats['prompt_tokens']} tokens, {stats['prefill_tok_s']:.1f} tok/s"),
@@ -135,7 +136,10 @@ def stats_table(stats: Mapping[str, Any], finish_reason: str) -> Table:
         ("first token", f"{stats['ttft_s'] * 1e3:.0f} ms"),
         ("decode", f"{stats['decode_tok_s']:.1f} tok/s, {stats['tpot_s'] * 1e3:.1f} ms a token"),
         ("drafts accepted", f"{share}, {stats['steps']} steps"),
-        ("flock", f"{stats['ducks']} ducks, {stats['transport']}, schedule {stats['schedule']}"),
+        (
+            "flock",
+            f"{ducks}, {stats['transport']}, schedule {stats['schedule']}",
+        ),
         ("busy", f"device {stats['device_busy']:.0%}, ducks {stats['ducks_busy']:.0%}"),
     )
     for name, value in rows:
@@ -174,7 +178,7 @@ async def _score(
         ids = Prompts(model_folder(model)).encode(prompt, answer=False)
         if len(ids) < 2:
             raise ConfigError("one token has no likelihood: give at least two")
-        with _loading() as progress:
+        with bars("loading") as progress:
             opening = Engine.open(model, progress=progress, **options)
             engine = await stack.enter_async_context(opening)
         scored = await engine.score(ids, mtp=mtp)
@@ -183,12 +187,7 @@ async def _score(
         if mtp:
             tensors["mtp_logits"] = scored[1]
     if out is not None:
-        from safetensors.numpy import save_file
-
-        try:
-            save_file(tensors, out)
-        except OSError as error:
-            raise ConfigError(f"--logits-out {out}: {error}") from error
+        _save(tensors, out)
     chances = logits_to_logprobs(logits, ids)
     total = float(chances.sum())
     perplexity = math.exp(-total / len(chances))
@@ -210,6 +209,15 @@ async def _score(
     Console().print(table)
 
 
+def _save(tensors: dict[str, np.ndarray], out: Path) -> None:
+    from safetensors.numpy import save
+
+    try:
+        out.write_bytes(save(tensors))
+    except OSError as error:
+        raise ConfigError(f"--logits-out {out}: {error.strerror}") from error
+
+
 # chat
 
 _HELP = "/stats  figures of the last answer     /reset  forget the conversation     /exit  leave"
@@ -227,7 +235,7 @@ def chat(model: str, sampling: Sampling, options: Mapping[str, Any], *, system: 
     with _runner() as runner:
         stack = contextlib.AsyncExitStack()
         try:
-            with _loading() as progress:
+            with bars("loading") as progress:
                 opening = Engine.open(model, progress=progress, **options)
                 engine = runner.run(stack.enter_async_context(opening))
             _Chat(runner, engine, sampling, system).loop()

@@ -252,8 +252,8 @@ def draw(kind: str, rng: random.Random, *, held_out: bool) -> Question:
             return works[kind](a, b, rng)
 
 
-# Share of the training documents by kind. Trial divisions come first: they are the longest, and
-# the short kinds reuse what they teach about digits.
+# Share of the training documents by kind. Trial divisions, the longest, have the larger share in
+# the first steps; after that every kind of arithmetic gets enough tokens to be learnt.
 FIRST_SHARES = {
     "prime": 0.45,
     "remainder": 0.15,

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+
+import pytest
+import structlog
 from hypothesis import settings
 
 # The machine may be busy: an example that is slow once says nothing.
 settings.register_profile("duck", deadline=None)
 settings.load_profile("duck")
+
+# Commands that run inside a test would bind every later event to that test's captured stderr.
+structlog.configure(
+    wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+    logger_factory=structlog.PrintLoggerFactory(sys.__stderr__),
+)
+
+
+@pytest.fixture(autouse=True)
+def _events_go_to_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duck.log.configure", lambda *_args, **_more: None)

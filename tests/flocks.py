@@ -140,13 +140,11 @@ class FakeFlock:
         weights = self.rng.random((rows, shape.top_k), np.float32)
         return wire.to_wire(x, shape.ask_dtype), ids, weights
 
-    async def ask(
-        self, layer: int, rows: int = 1, seconds: float = WAIT_S
-    ) -> tuple[Ask, np.ndarray]:
+    async def ask(self, layer: int, rows: int = 1) -> tuple[Ask, np.ndarray]:
         """Acquire and ask; the ask, and the partial sums it must give: (ducks, rows, hidden)."""
         x, ids, weights = self.inputs(rows)
         landing = await self.transport.acquire(rows)
-        deadline = asyncio.get_running_loop().time() + seconds
+        deadline = asyncio.get_running_loop().time() + WAIT_S
         ask = self.transport.ask(layer, x, ids, weights, landing, deadline=deadline)
         values = wire.to_float32(x)
         answers = [duck.partial(layer, values) for duck in self.ducks]

@@ -19,6 +19,9 @@ SUPPORTED = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 """Values of `model_type` that this package runs; all are the same code with other flags."""
 
 
+MOST_LAYERS = 4096  # far above any model: a damaged file must not cost hours and all memory
+
+
 @dataclass(frozen=True)
 class Yarn:
     """YaRN's keys (arXiv 2309.00071), from `rope_scaling` or `rope_parameters`."""
@@ -114,14 +117,8 @@ class ModelConfig:
             )
         v2 = model_type == "deepseek_v2"
         layers = keys.integer("num_hidden_layers", least=1)
-        heads = keys.integer("num_attention_heads", least=1)
-        topk_method = keys.choice(
-            "topk_method",
-            ("noaux_tc", "greedy", "group_limited_greedy"),
-            default="greedy" if v2 else "noaux_tc",
-        )
-        # transformers 5 saves the number of MTP modules under its own name.
-        mtp = keys.integer("num_nextn_predict_layers", "num_mtp_layers", least=0, default=0)
+        if layers > MOST_LAYERS:
+            raise keys.error("num_hidden_layers", f"{layers} is more than {MOST_LAYERS}")
         config = cls(
             model_type=model_type,
             vocab_size=keys.integer("vocab_size", least=1),
@@ -129,8 +126,11 @@ class ModelConfig:
             intermediate_size=keys.integer("intermediate_size", least=1),
             moe_intermediate_size=keys.integer("moe_intermediate_size", least=1),
             num_hidden_layers=layers,
-            num_nextn_predict_layers=mtp,
-            num_attention_heads=heads,
+            # transformers 5 saves it under a name of its own.
+            num_nextn_predict_layers=keys.integer(
+                "num_nextn_predict_layers", "num_mtp_layers", least=0, default=0
+            ),
+            num_attention_heads=keys.integer("num_attention_heads", least=1),
             q_lora_rank=keys.integer_or_none("q_lora_rank", least=1),
             kv_lora_rank=keys.integer("kv_lora_rank", least=1),
             qk_nope_head_dim=keys.integer("qk_nope_head_dim", least=1),
@@ -147,7 +147,11 @@ class ModelConfig:
             scoring_func=keys.choice(
                 "scoring_func", ("sigmoid", "softmax"), default="softmax" if v2 else "sigmoid"
             ),
-            topk_method=topk_method,
+            topk_method=keys.choice(
+                "topk_method",
+                ("noaux_tc", "greedy", "group_limited_greedy"),
+                default="greedy" if v2 else "noaux_tc",
+            ),
             rms_norm_eps=keys.number("rms_norm_eps", default=1e-6),
             rope=_rope(keys),
             max_position_embeddings=keys.integer("max_position_embeddings", least=1),
@@ -168,9 +172,8 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with routed experts, the MTP layer (num_hidden_layers) included."""
-        return tuple(range(self.first_k_dense_replace, self.num_hidden_layers)) + tuple(
-            range(self.num_hidden_layers, self.num_hidden_layers + self.mtp_layers)
-        )
+        # first_k_dense_replace never reaches the MTP layer: it is at most num_hidden_layers.
+        return tuple(range(self.first_k_dense_replace, self.num_hidden_layers + self.mtp_layers))
 
     @property
     def max_context(self) -> int:

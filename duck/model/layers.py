@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from duck.kernels.reference.device import rms_norm, swiglu_f32
+from duck.model.tally import Tally
 from duck.model.weights import Checkpoint
 
 _PART = 1 << 20
@@ -21,7 +22,7 @@ _PART = 1 << 20
 class Loader:
     """Brings tensors to the device in the dtype wanted, fp8 dequantised. Close it after use.
 
-    progress: called with the bytes of every part read.
+    progress: called with the bytes of every part read. `tally` counts what was loaded.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Loader:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.device, self.dtype = device, dtype
+        self.tally = Tally()
         self._checkpoint, self._progress = checkpoint, progress
         # Threads read ahead of each other and share the conversion; numpy lets go of the GIL.
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "load")
@@ -45,13 +47,13 @@ class Loader:
 
     def matrix(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """`<name>.weight`, (out, in), in the model's dtype unless another is asked for."""
-        return self._tensor(f"{name}.weight", dtype or self.dtype)
+        return self._tensor("linears", f"{name}.weight", dtype or self.dtype)
 
     def vector(self, name: str) -> Tensor:
         """A tensor whose arithmetic is float32 in every mode: norm weights, router, bias."""
-        return self._tensor(name, torch.float32)
+        return self._tensor("norms and routers", name, torch.float32)
 
-    def _tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _tensor(self, kind: str, name: str, dtype: torch.dtype) -> Tensor:
         info = self._checkpoint.info(name)
         with torch.inference_mode(False):  # which is per thread, and other threads write
             tensor = torch.empty(info.shape, dtype=dtype, device=self.device)
@@ -65,6 +67,8 @@ class Loader:
         for nbytes in self._pool.map(fill, range(0, info.shape[0], step)):
             if self._progress is not None:
                 self._progress(nbytes)
+        held = str(dtype).removeprefix("torch.")
+        self.tally.add(kind, info.dtype, held, info.nbytes, tensor.nbytes)
         return tensor
 
 

@@ -80,6 +80,7 @@ class Transformer:
 
     def __init__(self, loader: Loader, config: ModelConfig) -> None:
         self.config, self.device, self.dtype = config, loader.device, loader.dtype
+        self.tally = loader.tally  # what was loaded
         rope = RopeTable(config.rope, config.qk_rope_head_dim, loader.device)
         self._embedding = loader.matrix("model.embed_tokens")
         self.layers: Sequence[DecoderLayer] = [

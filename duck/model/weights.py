@@ -210,6 +210,10 @@ class Checkpoint:
             total += info.nbytes * len(columns) // info.shape[axis]
         return total
 
+    def experts_nbytes(self, config: ModelConfig) -> int:
+        """Bytes of all routed experts as stored, scales included."""
+        return sum(info.nbytes for info in _experts(self, config))
+
     def check(self, config: ModelConfig) -> None:
         """Every tensor the config calls for is there with its shape, dtype and scale, and no other.
 
@@ -314,15 +318,7 @@ def experts_digest(checkpoint: Checkpoint, config: ModelConfig) -> str:
     name, dtype, shape and the 64 middle bytes of every routed weight and scale, and the numbers of
     the config that the expert arithmetic depends on. How tensors are spread over files is left out.
     """
-    infos = []
-    for layer in config.moe_layers:
-        for expert in range(config.n_routed_experts):
-            for projection in ("gate_proj", "up_proj", "down_proj"):
-                name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
-                infos.append(checkpoint.info(name))
-                scale = checkpoint.tensors.get(_scale_name(name, checkpoint.tensors))
-                if scale is not None:
-                    infos.append(scale)
+    infos = list(_experts(checkpoint, config))
     middles = _middles(infos, 64)
     sizes = (config.hidden_size, config.moe_intermediate_size, config.n_routed_experts)
     digest = hashlib.sha256(json.dumps((sizes, config.weight_block_size)).encode())
@@ -330,6 +326,18 @@ def experts_digest(checkpoint: Checkpoint, config: ModelConfig) -> str:
         digest.update(f"{info.name} {info.dtype} {info.shape}\n".encode())
         digest.update(middles[info.name])
     return digest.hexdigest()
+
+
+def _experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[TensorInfo]:
+    """Every weight of the routed experts, each followed by its scale if it has one."""
+    for layer in config.moe_layers:
+        for expert in range(config.n_routed_experts):
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+                yield checkpoint.info(name)
+                scale = checkpoint.tensors.get(_scale_name(name, checkpoint.tensors))
+                if scale is not None:
+                    yield scale
 
 
 def _middles(infos: Sequence[TensorInfo], count: int) -> dict[str, bytes]:

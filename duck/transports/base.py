@@ -22,11 +22,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import structlog
 
 from duck import wire
 from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
@@ -38,10 +37,13 @@ SMALL_ROWS = 4
 SMALL_SETS = 8
 LARGE_SETS = 2
 _ALIGN = 64
+# A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for
+# what nothing else catches. Frozen and dead ducks are noticed within seconds. Ducks are told, and
+# drop what is older.
+ASK_S = 30.0
+ASK_ROW_S = 0.5
 # How often a transport looks at its ducks and its deadlines.
 TICK_S = 0.25
-
-_log = structlog.get_logger(__name__)
 
 
 class Rows:
@@ -317,6 +319,11 @@ class AskTable:
 class Transport(Protocol):
     """The host's end, one object for a whole flock."""
 
+    @property
+    def attached(self) -> Sequence[Mapping[str, Any]]:
+        """What each duck said when it attached: warm, and the bytes it holds, read, received."""
+        ...
+
     async def start(self, plan: Plan) -> None: ...
     async def acquire(self, rows: int = 1) -> Rows: ...
     def ask(
@@ -340,12 +347,30 @@ class Transport(Protocol):
     async def close(self) -> None: ...
 
 
+class Loading(Protocol):
+    """What a duck tells its host while it loads, and asks of it."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes of the slice have come."""
+        ...
+
+    async def fetch(self, layer: int, offset: int, take: Callable[[bytes], None]) -> str:
+        """Have the host send a layer's file, from a byte on.
+
+        take: gets the pieces in order, one after the other, each in a thread. Returns the sha256 of
+        the whole file as the host made it, in hex.
+
+        Raises:
+            TransportError: the host is gone, or has nothing to send.
+            WireError: it sent something else. And whatever `take` raises.
+        """
+        ...
+
+
 class Handler(Protocol):
     """What a duck does with its bytes; the duck's end of a transport drives it."""
 
-    async def attach(
-        self, plan: Plan, duck: int, progress: Callable[[int, int], None]
-    ) -> Mapping[str, Any]:
+    async def attach(self, plan: Plan, duck: int, loading: Loading) -> Mapping[str, Any]:
         """Hold this plan's slice (loading it if need be); facts for WELCOME.
 
         Raises:
@@ -362,24 +387,6 @@ class DuckEnd(Protocol):
     """The duck's end: listens and feeds asks to a handler until cancelled."""
 
     async def serve(self, handler: Handler) -> None: ...
-
-
-def compute_answer(
-    handler: Handler, layer: int, body: wire.AskBody, shape: wire.Shape
-) -> np.ndarray:
-    """One ask's answer in the wire dtype; what every transport runs in a duck's worker thread.
-
-    Raises:
-        DuckError: the handler could not answer, for whatever reason.
-    """
-    try:
-        sums = handler.answer(layer, wire.to_float32(body.x), body.ids, body.weights)
-        return wire.to_wire(sums, shape.answer_dtype)
-    except DuckError:
-        raise
-    except Exception as error:  # the top of a worker thread: a host waits, and must hear of it
-        _log.exception("answer_failed", layer=layer)
-        raise DuckError(f"internal error: {error!r}") from error
 
 
 def check_ids(ids: np.ndarray, experts: int) -> None:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from duck import wire
-from duck.errors import DuckError, TransportClosed
+from duck.errors import DuckError, TransportClosed, TransportError
 from duck.placement import Plan
-from duck.transports.base import Ask, AskTable, Handler, Rows, compute_answer
+from duck.transports.base import Ask, AskTable, Handler, Rows
+from duck.transports.worker import Waiting, Worker
 
 
 class LoopbackTransport:
@@ -24,8 +25,9 @@ class LoopbackTransport:
 
     def __init__(self, handlers: Sequence[Handler]) -> None:
         self._handlers = tuple(handlers)
-        self._workers: list[ThreadPoolExecutor] = []
+        self._workers: list[Worker] = []
         self._table: AskTable | None = None
+        self.attached: list[Mapping[str, Any]] = []
 
     async def start(self, plan: Plan) -> None:
         """Attach every duck to its slice."""
@@ -35,13 +37,12 @@ class LoopbackTransport:
         labels = tuple(f"duck {number} (in process)" for number in range(plan.ducks))
         self._table = AskTable(plan, labels)
         for duck, handler in enumerate(self._handlers):
-            await handler.attach(plan, duck, lambda _done, _total: None)
+            self.attached.append(await handler.attach(plan, duck, _Quiet()))
         if self._asks.closed:
             raise TransportClosed("closed while it started")
         # One worker a duck: its asks are answered in order, as on a duck of its own.
-        self._workers = [
-            ThreadPoolExecutor(1, thread_name_prefix=f"duck-{duck}") for duck in range(plan.ducks)
-        ]
+        self._workers = [Worker(handler) for handler in self._handlers]
+        self._table.on_cancel = self._drop
 
     @property
     def _asks(self) -> AskTable:
@@ -65,22 +66,19 @@ class LoopbackTransport:
         ask = self._asks.open(layer, len(x), ids, rows, deadline)
         # The caller may reuse its arrays as soon as we return, as with bytes handed to a socket.
         body = wire.AskBody(ids.copy(), weights.copy(), x.copy())
-        asked = time.perf_counter()
+        patience_s = deadline - self._loop.time()
         for duck, worker in enumerate(self._workers):
-            worker.submit(self._answer, ask, duck, body, asked)
+            reply = partial(self._answer, ask, duck)
+            waiting = Waiting(layer, body, self._plan.shape, reply, patience_s=patience_s)
+            worker.put(0, ask.ticket, waiting)
         return ask
 
-    def _answer(self, ask: Ask, duck: int, body: wire.AskBody, asked: float) -> None:
-        """In a duck's worker thread: compute one ask and hand its answer to the loop."""
-        if ask.ticket not in self._asks.open_asks:
-            return  # cancelled: not worth computing
-        begun = time.perf_counter()
-        answer: np.ndarray | DuckError
-        try:
-            answer = compute_answer(self._handlers[duck], ask.layer, body, self._plan.shape)
-        except DuckError as error:
-            answer = error
-        stamps = wire.pack_stamps(begun - asked, time.perf_counter() - begun)
+    def _drop(self, ask: Ask) -> None:
+        for worker in self._workers:
+            worker.drop(0, ask.ticket)
+
+    def _answer(self, ask: Ask, duck: int, answer: np.ndarray | DuckError, stamps: bytes) -> None:
+        """In a duck's worker thread: hand its answer to the loop."""
         # The loop is closed when nobody called close(): then nobody is left to tell.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._deliver, ask, duck, answer, stamps)
@@ -106,4 +104,14 @@ class LoopbackTransport:
             return
         self._table.close()
         for worker in self._workers:
-            worker.shutdown(wait=False, cancel_futures=True)
+            worker.end()
+
+
+class _Quiet:
+    """A `base.Loading` for ducks that read what they need themselves."""
+
+    def __call__(self, done: int, total: int) -> None:
+        pass
+
+    async def fetch(self, layer: int, offset: int, take: Callable[[bytes], None]) -> str:
+        raise TransportError(f"a duck inside the host lacks layer {layer}")

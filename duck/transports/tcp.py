@@ -1,9 +1,10 @@
 """TCP: per duck one connection for control and one for data, both to the duck's one port.
 
 A connection starts in control mode (length-prefixed msgpack). The control connection stays there:
-HELLO, LOADING, WELCOME, then PING and PONG, so that a duck that computes for long is told apart
-from one that is frozen. A data connection says DATA with the session's token, gets OK, and from
-then on carries only data frames; answers are received straight into the row set of their ask.
+HELLO, LOADING, the layers that the duck lacks (supply.py), WELCOME, then PING and PONG, so that a
+duck that computes for long is told apart from one that is frozen. A data connection says DATA with
+the session's token, gets OK, and from then on carries only data frames; answers are received
+straight into the row set of their ask.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,23 +33,25 @@ from duck.errors import (
 )
 from duck.placement import Plan
 from duck.transports.base import (
+    ASK_ROW_S,
+    ASK_S,
     TICK_S,
     Ask,
     AskTable,
     Handler,
     Rows,
     check_ids,
-    compute_answer,
 )
 from duck.transports.link import Link, data_frames, frame_bytes
-from duck.transports.worker import Worker
+from duck.transports.supply import Sender, fetch
+from duck.transports.worker import Waiting, Worker
 
 PROTOCOL = (1, 1)  # the control protocol versions this build speaks, lowest and highest
 SOFTWARE = f"duck {__version__}"
 CONNECT_S = 10.0
 # Without any byte from a duck for this many ticks it counts as frozen. Ticks, not seconds: while
 # this process itself is held up no tick passes, so a busy host never blames its ducks.
-SILENT_TICKS = 14
+SILENT_TICKS = 12
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 
 _log = structlog.get_logger(__name__)
@@ -64,6 +67,7 @@ class TcpTransport:
         addresses: HOST:PORT of each duck, in duck order.
         labels: how errors name each duck.
         progress: called with (duck, bytes done, bytes in all) while ducks load their slices.
+        supply: cuts a layer's file for a duck that lacks it: (duck, layer), see `supply.Sender`.
     """
 
     def __init__(
@@ -71,10 +75,12 @@ class TcpTransport:
         addresses: Sequence[str],
         labels: Sequence[str] | None = None,
         progress: Callable[[int, int, int], None] | None = None,
+        supply: Callable[[int, int], Iterator[memoryview]] | None = None,
     ) -> None:
         self._addresses = tuple(addresses)
         self._labels = tuple(labels or (f"duck {d} ({a})" for d, a in enumerate(addresses)))
-        self._progress = progress
+        self._progress, self._supply = progress, supply
+        self.attached: list[Mapping[str, Any]] = []  # what each duck said in WELCOME
         self._links: list[Link] = []  # every connection made
         self._control: list[Link] = []
         self._data: list[Link] = []
@@ -89,7 +95,7 @@ class TcpTransport:
         self._table.on_cancel = self._tell_cancelled
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._shake_hands(duck)) for duck in range(plan.ducks)]
+                tasks = [group.create_task(self._attach(duck)) for duck in range(plan.ducks)]
             if self._table.closed:
                 raise TransportClosed("closed while it started")
         except BaseExceptionGroup as group_error:
@@ -99,7 +105,8 @@ class TcpTransport:
             await self.close()
             raise
         for duck, task in enumerate(tasks):
-            control, data, session = task.result()
+            control, data, session, welcome = task.result()
+            self.attached.append(welcome)
             self._control.append(control)
             self._data.append(data)
             self._sessions.append(session)
@@ -111,7 +118,15 @@ class TcpTransport:
         self._silent = [0] * plan.ducks
         self._table.on_tick = self._look_at_ducks
 
-    async def _shake_hands(self, duck: int) -> tuple[Link, Link, int]:
+    async def _attach(self, duck: int) -> tuple[Link, Link, int, Mapping[str, Any]]:
+        label = self._labels[duck]
+        try:
+            return await self._shake_hands(duck)
+        except WireError as error:  # whatever is wrong, say with whom
+            text = str(error)
+            raise WireError(text if text.startswith(label) else f"{label}: {text}") from None
+
+    async def _shake_hands(self, duck: int) -> tuple[Link, Link, int, Mapping[str, Any]]:
         plan, label = self._plan, self._labels[duck]
         control = await self._connect(duck)
         control.send(
@@ -123,9 +138,10 @@ class TcpTransport:
                 "plan_hash": plan.hash(),
                 "duck": duck,
                 "slice_hash": plan.slice_hash(duck),
+                "patience": [ASK_S, ASK_ROW_S],
             }
         )
-        welcome = await self._expect(control, "WELCOME", duck)
+        welcome = await self._welcome(control, duck)
         version = wire.field(welcome, "v", int)
         if not PROTOCOL[0] <= version <= PROTOCOL[1]:
             raise WireError(f"{label} speaks protocol {version}, this host {_versions()}")
@@ -137,9 +153,35 @@ class TcpTransport:
             raise WireError(f"{label} answered with an impossible session")
         data = await self._connect(duck)
         data.send({"t": "DATA", "v": version, "token": token})
-        await self._expect(data, "OK", duck)
+        await self._expect(data, duck, "OK")
         data.carry_data(_Answers(self._asks, duck, session))
-        return control, data, session
+        return control, data, session, welcome
+
+    async def _welcome(self, link: Link, duck: int) -> dict[str, Any]:
+        """Wait for WELCOME; until then the duck may ask for the layers that it lacks."""
+        sender = Sender(link, self._plan.layers, partial(self._stream, duck))
+        try:
+            async with asyncio.TaskGroup() as sending:
+                task: asyncio.Task[None] | None = None
+                while True:
+                    message = await self._expect(link, duck, "WELCOME", "LACK", "GOT")
+                    if message["t"] == "LACK":
+                        task = sending.create_task(sender.send(message))
+                    elif message["t"] == "GOT":
+                        sender.got(message)
+                    else:
+                        if task:
+                            task.cancel()  # done, unless the duck is out of its mind
+                        return message
+        except BaseExceptionGroup as error:
+            raise _first_error(error) from None
+
+    def _stream(self, duck: int, layer: int) -> Iterator[memoryview]:
+        if self._supply is None:
+            raise TransportError(
+                f"{self._labels[duck]} lacks layer {layer}, and this host has no weights to send"
+            )
+        return self._supply(duck, layer)
 
     async def _connect(self, duck: int) -> Link:
         address, label = self._addresses[duck], self._labels[duck]
@@ -160,25 +202,23 @@ class TcpTransport:
         self._links.append(link)
         return link
 
-    async def _expect(self, link: Link, kind: str, duck: int) -> dict[str, Any]:
-        """The next message of this kind.
+    async def _expect(self, link: Link, duck: int, *kinds: str) -> dict[str, Any]:
+        """The next message of one of these kinds.
 
         LOADING messages in between are progress; silence is a loss.
         """
-        label = self._labels[duck]
+        label, kind = self._labels[duck], kinds[0]
         begun = time.perf_counter()
         while True:
             try:
                 message = await link.receive(CONNECT_S)
-            except WireError as error:
-                raise WireError(f"{label}: {error}") from None
             except (TimeoutError, TransportError) as error:
                 waited_ms = (time.perf_counter() - begun) * 1e3
                 reason = f"{error} before {kind}"
                 if isinstance(error, TimeoutError):
                     reason = f"no {kind} and no sign of life for {CONNECT_S:.0f} s"
                 raise DuckLost(label, None, waited_ms, reason, index=duck) from None
-            if message["t"] == kind:
+            if message["t"] in kinds:
                 return message
             if message["t"] == "ERR":
                 text = wire.plain(wire.field(message, "text", str))
@@ -336,12 +376,14 @@ class _Session:
     MAX_ASKS = 64  # asks one host may have waiting here, and their bytes
     MAX_ASK_BYTES = 1 << 28
 
-    def __init__(self, plan: Plan, duck: int, worker: Worker, handler: Handler) -> None:
+    def __init__(
+        self, plan: Plan, duck: int, patience: tuple[float, float], worker: Worker
+    ) -> None:
         self.id = secrets.randbits(32)
         self.token = secrets.token_bytes(16)
         self.plan, self.duck = plan, duck
         self.data: Link | None = None
-        self._worker, self._handler = worker, handler
+        self._worker, self._patience = worker, patience
         self._loop = asyncio.get_running_loop()
         self._layers = frozenset(plan.layers)
         self._limit = plan.shape.ask_bytes(plan.shape.max_rows)
@@ -397,21 +439,21 @@ class _Session:
         body = wire.unpack_ask(self._message, self.plan.shape)
         self._due, self._message = None, memoryview(b"")
         check_ids(body.ids, self.plan.experts)
-        asked = time.perf_counter()
-        job = partial(self._answer, header.ticket, header.layer, body, asked)
-        self._worker.put(self.id, header.ticket, job, header.message_bytes)
+        reply = partial(self._answer, header.ticket, header.layer)
+        ask = Waiting(header.layer, body, self.plan.shape, reply, header.message_bytes)
+        ask.patience_s = self._patience[0] + self._patience[1] * ask.rows
+        self._worker.put(self.id, header.ticket, ask)
 
     # answers
 
-    def _answer(self, ticket: int, layer: int, body: wire.AskBody, asked: float) -> None:
-        """In the worker thread: compute one ask and hand its frames to the loop."""
-        begun = time.perf_counter()
-        try:
-            answer = compute_answer(self._handler, layer, body, self.plan.shape)
-            stamps = wire.pack_stamps(begun - asked, time.perf_counter() - begun)
+    def _answer(
+        self, ticket: int, layer: int, answer: np.ndarray | DuckError, stamps: bytes
+    ) -> None:
+        """In the worker's thread: hand an answer's frames to the loop."""
+        if isinstance(answer, DuckError):
+            kind, message = wire.Kind.ERROR, str(answer).encode()[:_TEXT_BYTES] or b"no reason"
+        else:
             kind, message = wire.Kind.ANSWER, stamps + answer.tobytes()
-        except DuckError as error:
-            kind, message = wire.Kind.ERROR, str(error).encode()[:_TEXT_BYTES] or b"no reason"
         frames = data_frames(kind, self.id, ticket, layer, self.duck, message)
         with contextlib.suppress(RuntimeError):  # the loop ended while we computed
             self._loop.call_soon_threadsafe(self._send, frames)
@@ -419,6 +461,20 @@ class _Session:
     def _send(self, frames: list[bytes | memoryview]) -> None:
         if self.data and not self.data.transport.is_closing():
             self.data.transport.writelines(frames)
+
+
+class _Loading:
+    """What a handler tells and asks the host of one control connection; a `base.Loading`."""
+
+    def __init__(self, link: Link) -> None:
+        self.done = self.total = 0
+        self._link = link
+
+    def __call__(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+
+    async def fetch(self, layer: int, offset: int, take: Callable[[bytes], None]) -> str:
+        return await fetch(self._link, layer, offset, take)
 
 
 class TcpDuckEnd:
@@ -451,7 +507,7 @@ class TcpDuckEnd:
         self._handler = handler
         self._loop = asyncio.get_running_loop()
         host, port = split_address(self._listen)
-        self._worker = Worker()
+        self._worker = Worker(handler)
         try:
             server = await self._loop.create_server(lambda: _HostLink(self._opened), host, port)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
@@ -532,6 +588,7 @@ class TcpDuckEnd:
             )
         if plan.slice_hash(duck) != hello.get("slice_hash"):
             raise WireError("HELLO: another slice layout: install the same version on both")
+        patience = _patience(hello)
         if len(self._sessions) >= self.MAX_SESSIONS:
             raise WireError(f"this duck already serves {self.MAX_SESSIONS} hosts")
         held = {s.plan.slice_hash(s.duck) for s in self._sessions.values()}
@@ -539,7 +596,7 @@ class TcpDuckEnd:
             raise WireError(
                 "this duck serves another host with another slice; stop that host first"
             )
-        session = _Session(plan, duck, self._worker, self._handler)
+        session = _Session(plan, duck, patience, self._worker)
         self._sessions[session.token] = session
         try:
             facts = await self._attach_with_progress(link, plan, duck)
@@ -565,14 +622,11 @@ class TcpDuckEnd:
 
     async def _attach_with_progress(self, link: Link, plan: Plan, duck: int) -> Mapping[str, Any]:
         """Attach while telling the host how far it is; ends early when the host goes away."""
-        progress = [0, 0]
-
-        def note(done: int, total: int) -> None:
-            progress[:] = done, total
+        loading = _Loading(link)
 
         async def attach() -> Mapping[str, Any]:
             async with self._attach:  # two hosts at once load the slice once
-                return await self._handler.attach(plan, duck, note)
+                return await self._handler.attach(plan, duck, loading)
 
         task = self._loop.create_task(attach())
         try:
@@ -582,7 +636,7 @@ class TcpDuckEnd:
                 if link.closed.done():
                     raise TransportError(link.closed.result())
                 if not task.done():
-                    link.send({"t": "LOADING", "done": progress[0], "total": progress[1]})
+                    link.send({"t": "LOADING", "done": loading.done, "total": loading.total})
         finally:
             if not task.done():
                 task.cancel()
@@ -605,6 +659,14 @@ class TcpDuckEnd:
         if session.data and session.data.error:
             self.refused += 1
             _log.warning("refused", reason=reason)
+
+
+def _patience(hello: Mapping[str, Any]) -> tuple[float, float]:
+    """How long the host waits for an answer: seconds, and seconds for each row."""
+    found = wire.field(hello, "patience", list)
+    if len(found) != 2 or not all(type(s) in (int, float) and 0 <= s < 1e9 for s in found):
+        raise WireError("HELLO: field 'patience' must be [seconds, seconds a row]")
+    return float(found[0]), float(found[1])
 
 
 def _common_version(hello: Mapping[str, Any]) -> int:

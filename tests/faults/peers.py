@@ -87,6 +87,7 @@ def hello(plan: Plan, duck: int = 0, **changes: Any) -> dict[str, Any]:
         "plan_hash": plan.hash(),
         "duck": duck,
         "slice_hash": plan.slice_hash(duck),
+        "patience": [30.0, 0.5],
         **changes,
     }
 

@@ -74,7 +74,7 @@ async def _start(duck: ScriptedDuck, plan: Plan = PLAN) -> None:
     ],
 )
 async def test_welcomes_that_are_none(welcome: dict[str, Any], told: str) -> None:
-    with pytest.raises(WireError, match=told):
+    with pytest.raises(WireError, match=rf"^duck 0 \(scripted\).*{told}"):
         await _start(ScriptedDuck(welcome))
 
 
@@ -100,17 +100,17 @@ def _writes(data: bytes) -> Callable[[Peer, dict[str, Any]], Awaitable[None]]:
     [
         (
             _says({"t": "ERR", "text": "no\x1b[2J\nroom"}),
-            r"duck 0 \(scripted\) refused: no \[2J room$",
+            r"refused: no \[2J room$",
         ),
         (_says({"t": "ERR"}), "field 'text'"),
-        (_says({"t": "OK"}), r"duck 0 \(scripted\) sent 'OK' where WELCOME was due"),
+        (_says({"t": "OK"}), r"sent 'OK' where WELCOME was due"),
         (_says({"t": "LOADING", "done": "x", "total": 1}), "field 'done'"),
         (_says(*[{"t": "LOADING", "done": 1, "total": 1}] * 200), "unread control messages"),
-        (_writes(b"SSH-2.0-OpenSSH_9.2p1\r\n"), r"duck 0 \(scripted\): control message of"),
+        (_writes(b"SSH-2.0-OpenSSH_9.2p1\r\n"), r": control message of"),
     ],
 )
 async def test_answers_to_hello_that_are_none(script: Any, told: str) -> None:
-    with pytest.raises(WireError, match=told):
+    with pytest.raises(WireError, match=rf"^duck 0 \(scripted\).*{told}"):
         await _start(ScriptedDuck(script=script))
 
 
@@ -133,7 +133,7 @@ async def test_a_duck_that_accepts_and_stalls(monkeypatch: pytest.MonkeyPatch) -
 async def test_a_duck_that_loads_for_longer_than_a_silence_may_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tcp, "CONNECT_S", 0.2)
+    monkeypatch.setattr(tcp, "CONNECT_S", 1.0)
     told = asyncio.Event()
 
     async def load(peer: Peer, hello: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ async def test_a_duck_that_loads_for_longer_than_a_silence_may_be(
             async with asyncio.timeout(WAIT_S):
                 await told.wait()
             told.clear()
-            await asyncio.wait([asyncio.create_task(asyncio.Event().wait())], timeout=0.1)
+            await asyncio.sleep(0.4)  # its disk is slow
         peer.say("ERR", text="enough")
         await peer.ended()
 
@@ -401,7 +401,7 @@ async def test_a_duck_that_freezes_in_the_middle_of_an_ask(monkeypatch: pytest.M
         lost = await _lost(ask)
         assert (lost.index, lost.layer) == (0, 8)
         assert lost.reason.startswith("no sign of life for")
-        assert lost.waited_ms >= 100  # 14 ticks, less what was counted before the ask
+        assert lost.waited_ms >= 80  # 12 ticks, less what was counted before the ask
 
 
 async def test_a_duck_that_computes_for_long_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from duck import wire
 from duck.errors import ConfigError, WeightsError
 from duck.node import Node
 from duck.placement import Plan
-from duck.slices import SliceSource
+from duck.slices import ModelSource
 from duck.transports.tcp import TcpDuckEnd, TcpTransport
 from tests.checkpoints import CONFIG, make_checkpoint
 from tests.faults.peers import Host, Peer, hello
@@ -144,6 +144,10 @@ async def test_a_peer_that_connects_and_stalls(served: tuple[str, TcpDuckEnd]) -
         ({"plan_hash": "0" * 64}, "does not match its hash"),
         ({"plan_hash": None}, "does not match its hash"),
         ({"slice_hash": "0" * 64}, "another slice layout"),
+        ({"patience": [30.0]}, "patience"),
+        ({"patience": [-1, 0]}, "patience"),
+        ({"patience": [float("nan"), 0]}, "patience"),
+        ({"patience": None}, "patience"),
         ({"duck": 1}, "duck 1 of 1"),
         ({"duck": -1}, "duck -1 of 1"),
         ({"duck": True}, "field 'duck' is bool"),
@@ -221,7 +225,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"), seed=0)
 
 
-def _real_plan(source: SliceSource, ducks: int = 2, **changes: Any) -> Plan:
+def _real_plan(source: ModelSource, ducks: int = 2, **changes: Any) -> Plan:
     config = source.config
     plan = plan_for(ducks, hidden=config.hidden_size)
     return Plan(
@@ -243,7 +247,7 @@ def plan_slices(columns: int, ducks: int) -> tuple[range, ...]:
 
 
 async def test_a_duck_of_another_model(folder: Path) -> None:
-    source = SliceSource(folder)
+    source = ModelSource(folder)
     async with listening(Node(source)) as (address, _):
         peer = await Peer.connect(address)
         peer.say("HELLO", **hello(_real_plan(source, model="f" * 64)))
@@ -257,7 +261,7 @@ async def test_a_duck_of_another_model(folder: Path) -> None:
 
 
 async def test_a_slice_stays_when_its_host_goes(folder: Path) -> None:
-    source = SliceSource(folder)
+    source = ModelSource(folder)
     async with listening(Node(source)) as (address, end):
         for duck, warm in ((0, False), (0, True), (1, False), (1, True), (0, False)):
             async with Host.attached(address, _real_plan(source), duck) as host:
@@ -269,7 +273,7 @@ async def test_a_slice_stays_when_its_host_goes(folder: Path) -> None:
 async def test_a_damaged_file_is_told_to_the_host(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = SliceSource(folder)
+    source = ModelSource(folder)
 
     def load(*_: Any) -> None:
         raise WeightsError("model.safetensors: tensor x is cut off")
@@ -297,11 +301,13 @@ class SlowDuck(FakeDuck):
         self.disk = asyncio.Event()
         self.stopped = asyncio.Event()
         self.error: Exception | None = None
+        self.loads = 0
 
     async def attach(
         self, plan: Plan, duck: int, progress: Callable[[int, int], None]
     ) -> Mapping[str, Any]:
         if not self.attached:
+            self.loads += 1
             progress(3, 10)
             self.loading.set()
             try:
@@ -344,6 +350,7 @@ async def test_two_hosts_load_one_slice_once() -> None:
         await _until(lambda: len(end._sessions) == 2)
         slow.disk.set()
         assert [(await peer.hear())["warm"] for peer in peers] == [False, True]
+        assert slow.loads == 1
         for peer in peers:
             peer.close()
 
@@ -511,20 +518,44 @@ async def test_cancelled_asks_are_not_computed(
         assert (await host.data.frame())[0].ticket == 4
 
 
+async def test_asks_of_two_hosts_for_one_layer_are_one_pass(
+    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+) -> None:
+    address, end = served
+    duck.hold(1)
+    async with Host.attached(address, PLAN) as one, Host.attached(address, PLAN) as other:
+        one.data.writer.write(one.ask())
+        assert await duck.begun.get() == 1
+        one.data.writer.write(one.ask(2, layer=2, ticket=2))
+        other.data.writer.write(other.ask(3, layer=2, ticket=7))
+        for host in (one, other):
+            session = host.welcome["session"]
+            await _until(lambda session=session: end._worker.waiting(session)[0] == 1)
+        duck.let_go()
+        assert [(await one.data.frame())[0].ticket for _ in range(2)] == [1, 2]
+        header, body = await other.data.frame()
+        assert header.ticket == 7
+        assert len(body) == wire.STAMP_BYTES + PLAN.shape.answer_bytes(3)
+        assert [duck.begun.get_nowait()] == [2]
+        assert duck.begun.empty()
+
+
 async def test_asks_of_a_host_that_is_gone_are_not_computed(
     served: tuple[str, TcpDuckEnd], duck: FakeDuck
 ) -> None:
     address, end = served
     duck.hold(1)
     async with Host.attached(address, PLAN) as host:
-        for ticket in (1, 2, 3):
+        host.data.writer.write(host.ask(ticket=1))
+        assert await duck.begun.get() == 1
+        for ticket in (2, 3):
             host.data.writer.write(host.ask(ticket=ticket))
         session = host.welcome["session"]
         await _until(lambda: end._worker.waiting(session)[0] == 2)
     await _until(lambda: not end._sessions)
     assert end._worker.waiting(session) == (0, 0)
     duck.let_go()
-    assert [duck.begun.get_nowait()] == [1]
+    assert duck.begun.empty()
 
 
 async def test_more_asks_than_a_host_may_have_waiting(

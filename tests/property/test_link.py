@@ -49,6 +49,9 @@ class Landing:
     def check(self, header: wire.Header) -> int:
         if header.session != 1:
             raise WireError("another session")
+        known = self.places.get(header.ticket)
+        if known is not None and len(known) != header.message_bytes:
+            raise WireError("another message under this ticket")
         return frame_bytes(header, 4 << 20)
 
     def place(self, header: wire.Header) -> memoryview | None:

@@ -6,15 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import duck.model.chat
 from duck.errors import ConfigError
 from duck.model.chat import (
     ASSISTANT,
@@ -373,6 +375,8 @@ forged = st.lists(st.sampled_from(ALL_MARKS) | st.sampled_from(CUTS) | st.text(m
 
 
 @pytest.mark.parametrize(("made", "model_type"), FORMATS)
+@example(said=["think", "/think", "｜Assistant｜"])
+@example(said=["x<think", "k>", "｜User｜>"])
 @given(said=st.lists(forged, min_size=3, max_size=3))
 def test_users_cannot_write_control_tokens(
     made: Tokenizer, model_type: str, said: list[str]
@@ -647,3 +651,17 @@ def test_malformed_calls_stay_text(text: str) -> None:
 def test_any_reply_parses(text: str, inside: bool) -> None:
     reply = parse_reply(text, in_thought=inside)
     assert reply.tool_calls or len(reply.reasoning + reply.content) >= len(text) - 15
+
+
+# --- the shipped model ---
+
+
+def test_the_shipped_model_reads_chats_as_transformers_does() -> None:
+    folder = Path(duck.model.chat.__file__).parents[1] / "demo"
+    made = Tokenizer.load(folder)
+    reference = PreTrainedTokenizerFast.from_pretrained(folder)
+    messages = [user("Is 391 prime?"), assistant("No."), user("Is <b>7</b> | 0x7f prime, 鸭?\n")]
+    wanted = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids = encode_chat(messages, made, "deepseek_v3")
+    assert ids == wanted
+    assert made.decode(ids, skip_special=False) == render(messages, made, "deepseek_v3")

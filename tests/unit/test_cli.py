@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from duck import cli
+from duck.model.config import ModelConfig
+from duck.model.weights import Checkpoint
 from tests.checkpoints import make_checkpoint
 
 
@@ -58,11 +60,12 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "cannot reach duck 0"),
         (("score", "MODEL", "--prompt-ids", "1"), "at least two"),
         (("score", "MODEL", *IDS, "--logits-out", "no/dir/x"), "no such folder: no/dir"),
-        (("serve", "MODEL"), "duck serve is not built yet"),
+        (("serve", "MODEL"), "serve is not built yet"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
         (("node", "--listen", "127.0.0.1", "--model", "MODEL"), "want HOST:PORT"),
         (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
-        (("node", "--listen", "127.0.0.1:0", "--store", "x"), "--store is not built yet"),
+        (("node", "--listen", "127.0.0.1:0", "--store", "x", "--threads", "-1"), "--threads -1"),
+        (("node", "--listen", "127.0.0.1:0", "--store", __file__), "manifest.json: Not a dir"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )
@@ -89,6 +92,28 @@ def test_generate_json(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     told = json.loads(again)
     assert told["token_ids"] == answer["token_ids"]
     assert [chances["token"] for chances in told["logprobs"]] == answer["token_ids"]
+
+
+@pytest.mark.parametrize("transport", ["loopback", "tcp"])
+def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transport: str) -> None:
+    words = ("generate", folder, *IDS, "--max-tokens", "2", "--transport", transport, "-v")
+    code, out, _ = run(capfd, *words, "--json")
+    assert code == 0
+    load = json.loads(out)["load"]
+    stored = Checkpoint.open(folder)
+    host = sum(category["source_bytes"] for category in load["host"])
+    assert host == stored.nbytes_without_experts(ModelConfig.load(folder))
+    assert load["kv_bytes_per_token"] == 4 * (32 + 8) * 4  # layers, latent and rope, float32
+    first, second = load["ducks"]
+    assert (first["start"], first["stop"], second["stop"]) == (0, 128, 192)
+    assert first["theory_bytes"] + second["theory_bytes"] == first["source_bytes"]
+    assert first["resident_bytes"] >= first["theory_bytes"]
+    assert first["read_bytes"] == first["resident_bytes"]
+    assert not first["warm"]
+    code, _, err = run(capfd, *words)
+    assert code == 0
+    for word in ("linears, fp8 -> float32", "KV cache", "theory", "0:128", "all"):
+        assert word in err
 
 
 def test_text_goes_to_stdout_and_figures_to_stderr(
@@ -141,3 +166,33 @@ def test_flock_toml(capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: P
         _code, _out, err = run(capfd, "generate", folder, *IDS, "--ducks", file)
         assert found in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("score", "MODEL", "--text-file", ""), "name is empty"),
+        (("score", "MODEL", *IDS, "--logits-out", ""), "is no file"),
+        (("score", "MODEL", *IDS, "--logits-out", "/dev/null"), "is no file"),
+        (("score", "MODEL", *IDS, "--logits-out", "/"), "is no file"),
+        (("generate", "MODEL", *IDS, "--ducks", "local:" + "9" * 5000), "N of 1..64"),
+        (("generate", "MODEL", *IDS, "--ducks", "h:" + "9" * 5000), "want HOST:PORT"),
+        (("generate", "x" * 5000, *IDS), "File name too long"),
+        (("generate", "", *IDS), "MODEL is empty"),
+        (("generate", "MODEL", *IDS, "--logprobs", "2"), "add --json"),
+    ],
+    ids=range(9),
+)
+def test_stranger_mistakes_too(
+    capfd: pytest.CaptureFixture[str], folder: Path, words: tuple[str, ...], found: str
+) -> None:
+    test_mistakes_are_one_line(capfd, folder, words, found)
+
+
+def test_what_files_say_does_nothing_to_the_terminal(
+    capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "flock.toml"
+    file.write_text('[[duck]]\nname = "a\\u001b[31m\\nb"\naddress = "127.0.0.1:1"\n')
+    code, _, err = run(capfd, "generate", folder, *IDS, "--ducks", file)
+    assert (code, err.count("\n"), "\x1b" in err) == (3, 1, False)

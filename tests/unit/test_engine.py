@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import duck
 from duck.engine import Engine
+from duck.prompts import Prompts
 from duck.sampling import Sampling
 from tests.checkpoints import make_checkpoint
 
@@ -213,6 +215,16 @@ async def test_no_tokenizer(tmp_path: Path) -> None:
             await engine.generate("hello", GREEDY)
 
 
+async def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, seed=1)
+    small = json.loads((folder / "config.json").read_text()) | {"vocab_size": 100}
+    (folder / "config.json").write_text(json.dumps(small))
+    prompts = Prompts(folder)
+    assert prompts.encode([5, 99]) == [5, 99]
+    with pytest.raises(duck.ConfigError, match=r"0\.\.99: tokenizer\.json is of another model"):
+        prompts.encode("duck")
+
+
 async def test_more_ducks_than_columns(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, seed=1, moe_intermediate_size=3)
     with pytest.raises(duck.ConfigError, match=r"4 ducks for 3 columns.*use 1\.\.3"):
@@ -226,3 +238,15 @@ async def test_unknown_option(folder: Path) -> None:
     with pytest.raises(duck.ConfigError, match="duckz"):
         async with Engine.open(folder, duckz="local:2"):
             pass
+
+
+async def test_a_session_gives_one_answer_at_a_time(folder: Path) -> None:
+    async with Engine.open(folder, ducks="local:1", transport="loopback") as engine:
+        session = engine.session()
+        first = engine.stream(PROMPT, GREEDY, session=session)
+        await anext(first)
+        with pytest.raises(duck.ConfigError, match="answering already"):
+            await engine.generate(PROMPT, GREEDY, session=session)
+        await first.aclose()
+        again = await engine.generate(PROMPT, GREEDY, session=session)
+        assert again.token_ids == (await engine.generate(PROMPT, GREEDY)).token_ids

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from duck import placement, wire
 from duck.errors import ConfigError, WireError
-from duck.placement import Plan, equal_slices
+from duck.placement import Plan, equal_slices, weighted_slices
 
 PLAN = Plan(
     model="digest",
@@ -41,6 +42,29 @@ def test_equal_slices(columns: int, ducks: int, sizes: list[int]) -> None:
     assert [column for s in slices for column in s] == list(range(columns))
 
 
+@pytest.mark.parametrize(
+    ("columns", "weights", "sizes"),
+    [
+        (2048, [2, 1, 1], [1024, 512, 512]),
+        (2048, [3, 2, 2], [896, 576, 576]),
+        (192, [1000, 1, 1], [64, 64, 64]),  # a tile each, whatever the weights
+        (256, [1000, 1, 1], [128, 64, 64]),
+        (128, [3, 1, 1], [77, 26, 25]),  # fewer than 64 each: single columns
+        (100, [0.5, 0.25, 0.25], [50, 25, 25]),
+    ],
+)
+def test_weighted_slices(columns: int, weights: list[float], sizes: list[int]) -> None:
+    slices = weighted_slices(columns, weights)
+    assert [len(s) for s in slices] == sizes
+    assert [column for s in slices for column in s] == list(range(columns))
+
+
+@pytest.mark.parametrize("weight", [0, -1, math.inf, math.nan])
+def test_a_weight_that_is_none(weight: float) -> None:
+    with pytest.raises(ConfigError, match=r"weight .*above 0"):
+        weighted_slices(192, [1, weight])
+
+
 @pytest.mark.parametrize("ducks", [0, -1, 193])
 def test_more_ducks_than_columns(ducks: int) -> None:
     with pytest.raises(ConfigError, match=r"192 columns.*1\.\.192 ducks"):
@@ -63,6 +87,7 @@ OTHER = {
     "ask_dtype": replace(PLAN, shape=replace(PLAN.shape, ask_dtype="bfloat16")),
     "answer_dtype": replace(PLAN, shape=replace(PLAN.shape, answer_dtype="float32")),
     "max_rows": replace(PLAN, shape=replace(PLAN.shape, max_rows=255)),
+    "resident": replace(PLAN, resident="bf16"),
 }
 
 
@@ -74,19 +99,19 @@ def test_every_field_is_part_of_the_plans_hash() -> None:
 
 def test_hashes_are_the_same_in_every_process() -> None:
     """Compared between machines: nothing of Python's own hashing may enter."""
-    assert PLAN.hash()[:16] == "928a94913840c9f1"
-    assert PLAN.slice_hash(1)[:16] == "e9b274c566ebd5b6"
+    assert PLAN.hash()[:16] == "183cb62455e4279d"
+    assert PLAN.slice_hash(1)[:16] == "4c692c01e4d84452"
 
 
 def test_slice_hash_is_of_the_bytes_a_duck_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     same = ["top_k", "ask_dtype", "answer_dtype", "max_rows"]
     assert {OTHER[name].slice_hash(0) for name in same} == {PLAN.slice_hash(0)}
-    # (0, 64) of three ducks and (0, 128) of two; another model; other columns; another layout
+    # (0, 64) of three ducks and (0, 128) of two; another model; other columns, residents, layouts
     hashes = {PLAN.slice_hash(duck) for duck in range(3)}
-    hashes |= {OTHER[name].slice_hash(0) for name in ("model", "columns", "slices")}
+    hashes |= {OTHER[name].slice_hash(0) for name in ("model", "columns", "slices", "resident")}
     monkeypatch.setattr(placement, "LAYOUT", placement.LAYOUT + 1)
     hashes.add(PLAN.slice_hash(0))
-    assert len(hashes) == 7
+    assert len(hashes) == 8
 
 
 @pytest.mark.parametrize(
@@ -121,6 +146,7 @@ def test_slice_hash_is_of_the_bytes_a_duck_holds(monkeypatch: pytest.MonkeyPatch
         ("ask_dtype", "float64"),
         ("answer_dtype", "x" * 100_000),
         ("answer_dtype", None),
+        ("resident", "int4"),
     ],
 )
 def test_plan_that_no_host_may_send(field: str, value: object) -> None:

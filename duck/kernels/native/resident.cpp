@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "duck.h"
 
@@ -104,6 +105,25 @@ void pack_scales(const Shape& s, const Slice& slice, float* out) {
 
 bool is_stray(std::uint8_t code) { return std::uint8_t((code & 0x7F) - 1) < 7; }
 
+// Whether any of 64 codes is a stray, or NaN: eight at a time, because a slice that is loaded passes
+// through here at the speed of a disk. No sum carries into the next byte.
+struct Found {
+  bool stray, nan;
+};
+Found look(const std::uint8_t* codes) {
+  constexpr std::uint64_t kOnes = 0x0101010101010101u;
+  std::uint64_t stray = 0, nan = 0;  // in bit 7 of each byte
+  for (int i = 0; i < kTile; i += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, codes + i, 8);
+    const std::uint64_t normal = (eight & kOnes * 0x78) + kOnes * 0x78;   // exponent not 0
+    const std::uint64_t nonzero = (eight & kOnes * 0x07) + kOnes * 0x7F;  // mantissa not 0
+    stray |= ~normal & nonzero;
+    nan |= (eight & kOnes * 0x7F) + kOnes;  // all seven bits set
+  }
+  return {(stray & kOnes * 0x80) != 0, (nan & kOnes * 0x80) != 0};
+}
+
 }  // namespace
 
 int pack(const Shape& s, const Slice& slice, std::uint8_t* record, float* scales) {
@@ -137,37 +157,48 @@ bool Mapping::map(std::size_t bytes) {
   return true;
 }
 
-void Strays::take(const Shape& s, std::uint8_t* record) {
+bool Strays::take(const Shape& s, std::uint8_t* record) {
   list_.reset();
-  if (s.format != Format::fp8 || s.columns > kInputs) return;
   const std::size_t bytes = s.record_bytes();
-  std::size_t count = 0;
-  for (std::size_t i = 0; i < bytes; ++i) count += is_stray(record[i]);
-  if (count == 0 || count > bytes / 256) return;
+  std::vector<std::size_t> places;
+  bool rare = s.columns <= kInputs, nan = false;
+  for (std::size_t at = 0; at < bytes; at += kTile) {
+    const Found found = look(record + at);
+    nan |= found.nan;
+    for (std::size_t i = at; found.stray && rare && i < at + kTile; ++i)
+      if (is_stray(record[i])) {
+        places.push_back(i);
+        rare = places.size() <= bytes / 256;
+      }
+  }
+  if (nan) return false;
+  if (!rare || places.empty()) return true;
 
   int row_of[kTile];
   for (int row = 0; row < kTile; ++row) row_of[slot_of(s.format, row)] = row;
   const int pieces = 2 * s.tiles() * s.chunks() + s.down_tiles();
-  list_.reset(new Stray[pieces + 1 + count]);
+  list_.reset(new Stray[pieces + 1 + places.size()]);
   std::uint32_t at = std::uint32_t(pieces + 1);
   int piece = 0;
+  std::size_t begin = 0;  // of the piece, in the record
+  auto next = places.begin();
   auto take_piece = [&](int inputs) {
     list_[piece++].bits = at;
-    for (int k = 0; k < inputs; ++k, record += kTile) {
-      bool any = false;
-      for (int i = 0; i < kTile; ++i) any |= is_stray(record[i]);
-      for (int i = 0; any && i < kTile; ++i)
-        if (is_stray(record[i])) {
-          list_[at++].bits = std::uint32_t(k) << 14 | std::uint32_t(row_of[i]) << 8 | record[i];
-          record[i] = 0;
-        }
+    const std::size_t end = begin + std::size_t(inputs) * kTile;
+    for (; next != places.end() && *next < end; ++next) {
+      const std::uint32_t input = std::uint32_t((*next - begin) / kTile);
+      const std::uint32_t row = std::uint32_t(row_of[*next % kTile]);
+      list_[at++].bits = input << 14 | row << 8 | record[*next];
+      record[*next] = 0;
     }
+    begin = end;
   };
   for (int tile = 0; tile < 2 * s.tiles(); ++tile)
     for (int k = 0; k < s.hidden; k += kChunk)
       take_piece(s.hidden - k < kChunk ? s.hidden - k : kChunk);
   for (int tile = 0; tile < s.down_tiles(); ++tile) take_piece(s.columns);
   list_[piece].bits = at;
+  return true;
 }
 
 bool Resident::allocate() {
@@ -183,27 +214,21 @@ bool Resident::allocate() {
 int Resident::load(int layer, int expert, const Slice& slice) {
   start_[index(layer, expert)].store(-1);
   const int status = pack(shape, slice, record(layer, expert), scales(layer, expert));
-  if (status == DUCK_OK) settle(layer, expert, slice.start);
-  return status;
+  return status == DUCK_OK ? adopt(layer, expert, slice.start) : status;
 }
 
 int Resident::adopt(int layer, int expert, int start) {
   start_[index(layer, expert)].store(-1);
-  const std::uint8_t* p = record(layer, expert);
+  std::uint8_t* p = record(layer, expert);
   const std::size_t weights = shape.record_bytes() / weight_bytes(shape.format);
-  const bool good = shape.format == Format::fp8 ? finite(p, weights)
+  const bool good = shape.format == Format::fp8 ? strays_[index(layer, expert)].take(shape, p)
                     : shape.format == Format::bf16
                         ? finite(reinterpret_cast<const std::uint16_t*>(p), weights)
                         : finite(reinterpret_cast<const std::uint32_t*>(p), weights);
   if (!good || !finite(scales(layer, expert), shape.scale_floats(), 1.0f))
     return DUCK_NOT_A_NUMBER;
-  settle(layer, expert, start);
-  return DUCK_OK;
-}
-
-void Resident::settle(int layer, int expert, int start) {
-  strays_[index(layer, expert)].take(shape, record(layer, expert));
   start_[index(layer, expert)].store(start % kBlock, std::memory_order_release);
+  return DUCK_OK;
 }
 
 }  // namespace duck

@@ -96,8 +96,8 @@ class Strays {
   };
   static constexpr int kInputs = 1 << 18;  // that fit into `bits`
 
-  // Moves the strays of a packed record into the list, if they are few.
-  void take(const Shape& shape, std::uint8_t* record);
+  // Moves the strays of a packed fp8 record into the list, if they are few. False if a code is NaN.
+  bool take(const Shape& shape, std::uint8_t* record);
 
   const Stray* begin(int piece) const { return list_.get() + first(piece); }
   const Stray* end(int piece) const { return list_.get() + first(piece + 1); }
@@ -145,7 +145,6 @@ class Resident {
  private:
   std::size_t records() const { return std::size_t(layers) * experts; }
   std::size_t index(int layer, int expert) const { return std::size_t(layer) * experts + expert; }
-  void settle(int layer, int expert, int start);
 
   Mapping arena_;
   std::unique_ptr<std::atomic<int>[]> start_;

@@ -1,0 +1,39 @@
+"""Progress bars with bytes and rate, on stderr; nothing where stderr is no terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
+
+console = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def bars(verb: str) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar for each name that is told of: call it with (name, bytes done, bytes in all)."""
+    columns = (
+        TextColumn(f"{verb} {{task.description}}"), BarColumn(), DownloadColumn(),
+        TransferSpeedColumn(),
+    )  # fmt: skip
+    with Progress(
+        *columns, console=console, transient=True, disable=not sys.stderr.isatty()
+    ) as shown:
+        tasks: dict[str, TaskID] = {}
+
+        def note(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield note

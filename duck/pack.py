@@ -1,0 +1,192 @@
+"""`duck pack`: cuts a model into the slices of all ducks, one folder each.
+
+The checkpoint is read once, expert by expert, and every duck gets its columns of that expert: no
+more than one expert is in memory, however many ducks there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from duck import wire
+from duck.errors import ConfigError
+from duck.memory import readable
+from duck.model.config import ModelConfig
+from duck.model.weights import Checkpoint, experts_digest
+from duck.placement import Plan, Slice, weighted_slices
+from duck.slices import layer_stream, resident_format, slice_of
+from duck.store import LayerWriter, Store, check_room, file_bytes
+
+# called with the bytes written so far, and in all
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One duck's folder after packing."""
+
+    folder: Path
+    slice: Slice
+    sha256: dict[int, str]  # layer -> of its file
+    source_bytes: int  # of all routed experts in the checkpoint
+    written_bytes: int  # this time; what was there already is left alone
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; bytes."""
+        what = self.slice
+        return {
+            "folder": str(self.folder), "slice": what.hash, "model": what.model,
+            "columns": [what.start, what.stop], "resident": what.resident,
+            "modules": len(what.layers), "source_bytes": self.source_bytes,
+            "theory_bytes": self.source_bytes * (what.stop - what.start) // what.columns,
+            "resident_bytes": what.nbytes, "written_bytes": self.written_bytes,
+            "sha256": {str(layer): digest for layer, digest in self.sha256.items()},
+        }  # fmt: skip
+
+
+def show(packed: Sequence[Packed]) -> None:
+    """The folders as a table on stdout."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("folder")
+    for name in ("columns", "layers", "source", "theory", "resident", "written now"):
+        table.add_column(name, justify="right")
+    for duck in packed:
+        facts = duck.to_json()
+        names = ("source_bytes", "theory_bytes", "resident_bytes", "written_bytes")
+        table.add_row(
+            duck.folder.name, f"{duck.slice.start}:{duck.slice.stop}", str(facts["modules"]),
+            *(readable(facts[name]) for name in names),
+        )  # fmt: skip
+    Console().print(table)
+
+
+def pack(
+    model: Path, weights: Sequence[float], out: Path, progress: Progress | None = None
+) -> list[Packed]:
+    """Write out/duck-000, out/duck-001, ...; what an earlier call finished is kept.
+
+    weights: one a duck; slices are as wide.
+
+    Raises:
+        ConfigError: a folder holds another slice, or has no room.
+        WeightsError: a weight is missing or not a number.
+    """
+    checkpoint, plan = plan_for(model, weights)
+    ducks = [_Duck(out / f"duck-{duck:03}", slice_of(plan, duck)) for duck in range(plan.ducks)]
+    for duck in ducks:
+        duck.store.check(duck.want)
+    _check_strangers(out, [duck.store.folder for duck in ducks])
+    with contextlib.ExitStack() as stack:
+        for duck in ducks:
+            stack.enter_context(duck.store.claim(duck.want))
+            duck.find_missing()
+        total = sum(duck.missing_bytes for duck in ducks)
+        check_room(out, total)
+        workers = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), "pack"))
+        done = 0
+        for layer in plan.layers:
+            for written in _layer(checkpoint, layer, ducks, workers):
+                done += written
+                if progress:
+                    progress(done, total)
+    source_bytes = checkpoint.experts_nbytes(ModelConfig.load(model))
+    return [duck.packed(source_bytes) for duck in ducks]
+
+
+class _Duck:
+    """One folder, and what it must get."""
+
+    def __init__(self, folder: Path, want: Slice) -> None:
+        self.store, self.want = Store(folder), want
+        self.missing: set[int] = set()
+
+    def find_missing(self) -> None:
+        """Note the layers without a file of the right size: one that was cut is written anew."""
+        size = file_bytes(self.want)
+        self.missing = set(self.want.layers) - {
+            layer
+            for layer, stored in self.store.whole().items()
+            if stored.path.stat().st_size == stored.nbytes == size
+        }
+
+    @property
+    def missing_bytes(self) -> int:
+        return len(self.missing) * file_bytes(self.want)
+
+    def packed(self, source_bytes: int) -> Packed:
+        hashes = {layer: stored.sha256 for layer, stored in sorted(self.store.whole().items())}
+        return Packed(self.store.folder, self.want, hashes, source_bytes, self.missing_bytes)
+
+
+def _layer(
+    checkpoint: Checkpoint, layer: int, ducks: Sequence[_Duck], workers: ThreadPoolExecutor
+) -> Iterator[int]:
+    """Write one layer of all ducks that lack it, in step, so that an expert is read for all.
+
+    Yields the bytes written, again and again.
+    """
+    with contextlib.ExitStack() as stack:
+        jobs = [
+            (stack.enter_context(duck.store.write(layer)),
+             layer_stream(checkpoint, duck.want, layer))
+            for duck in ducks if layer in duck.missing
+        ]  # fmt: skip
+
+        def step(job: tuple[LayerWriter, Iterator[memoryview]]) -> bool:
+            """One piece; False when there is none left."""
+            writer, stream = job
+            piece = next(stream, None)
+            if piece is not None:
+                writer.write(piece)
+            return piece is not None
+
+        written = 0
+        while jobs and all(list(workers.map(step, jobs))):
+            before, written = written, sum(writer.nbytes for writer, _ in jobs)
+            yield written - before
+        for _ in workers.map(lambda job: job[0].finish(), jobs):
+            pass
+
+
+def plan_for(model: Path, weights: Sequence[float]) -> tuple[Checkpoint, Plan]:
+    """The model's checkpoint, and a plan with slices as wide as the weights say.
+
+    Raises:
+        ConfigError, WeightsError: the folder or the weights cannot be used.
+    """
+    config = ModelConfig.load(model)
+    if not config.moe_layers:
+        raise ConfigError(f"{model}: no layer has routed experts; duck runs mixtures of experts")
+    slices = weighted_slices(config.moe_intermediate_size, weights)
+    checkpoint = Checkpoint.open(model)
+    checkpoint.check(config)
+    plan = Plan(
+        model=experts_digest(checkpoint, config),
+        layers=config.moe_layers,
+        experts=config.n_routed_experts,
+        columns=config.moe_intermediate_size,
+        slices=slices,
+        # A slice does not depend on what travels on the wire.
+        shape=wire.Shape(config.hidden_size, config.num_experts_per_tok, "float32", "float32", 1),
+        resident=resident_format(checkpoint, config),
+    )
+    return checkpoint, plan
+
+
+def _check_strangers(out: Path, ours: Sequence[Path]) -> None:
+    """Folders of a pack for more ducks would look as if they belonged to this one."""
+    found = {path for path in out.glob("duck-*") if path.is_dir()} if out.is_dir() else set()
+    if strangers := sorted(found - set(ours)):
+        raise ConfigError(
+            f"{out} holds {strangers[0].name}, of a pack for more than {len(ours)} ducks: use "
+            "another --out, or remove it"
+        )
