@@ -56,7 +56,7 @@ struct Active {
 struct Scratch {
   Buffer<int> seen, count;
   Buffer<Active> active;
-  Buffer<float> x, h, y, weight, totals;
+  Buffer<float> x, h, y, weight, totals, panel;
   Buffer<const float*> x_rows, h_rows;
   Buffer<float*> y_rows, total_rows;
   Buffer<std::atomic<int>> pieces_left;
@@ -127,6 +127,7 @@ class Forward {
     // Totals of gate and up, 64 and 64: per piece, or two sets per thread.
     const std::size_t sets = pieces_ > 1 ? std::size_t(assigned) * s_.tiles() * pieces_
                                          : std::size_t(threads) * 2 * most;
+    panel_ = scratch.panel.get(std::size_t(threads) * most * kPanel);
     totals_ = scratch.totals.get(sets * 2 * kTile);
     total_rows_ = scratch.total_rows.get(std::size_t(threads) * most);
     if (pieces_ > 1) {
@@ -173,7 +174,7 @@ class Forward {
     else
       pool_.run(rows_, scale_row);
     auto item = [&](int i, int thread) {
-      i < gate_items_ ? gate_item(i, thread) : down_item(i - gate_items_);
+      i < gate_items_ ? gate_item(i, thread) : down_item(i - gate_items_, thread);
     };
     pool_.run(gate_items_ + down_items_, item);
   }
@@ -186,6 +187,7 @@ class Forward {
   const std::uint8_t* down_weights(const Active& a, int tile) const {
     return resident_.record(layer_, a.expert) + 2 * s_.gate_bytes() + tile * s_.down_tile_bytes();
   }
+  float* panel(int thread) const { return panel_ + std::size_t(thread) * most_ * kPanel; }
   int gate_piece(int tile, int chunk) const { return tile * s_.chunks() + chunk; }
   int up_piece(int tile, int chunk) const { return gate_piece(s_.tiles() + tile, chunk); }
   int down_piece(int tile) const { return 2 * s_.tiles() * s_.chunks() + tile; }
@@ -246,6 +248,7 @@ class Forward {
     t.k = s_.hidden - from < kChunk ? s_.hidden - from : kChunk;
     t.first = kBlock;
     t.n = a.count;
+    t.panel = panel(thread);
     t.x = x_rows_ + a.begin;
     t.x_at = from;
     t.y = rows;
@@ -262,7 +265,7 @@ class Forward {
     a.unfinished.fetch_sub(1, std::memory_order_release);
   }
 
-  void down_item(int item) {
+  void down_item(int item, int thread) {
     const int from = item * range_;
     const int count = s_.down_tiles() - from < range_ ? s_.down_tiles() - from : range_;
     for (int row = 0; row < rows_; ++row)
@@ -284,6 +287,7 @@ class Forward {
       t.k = s_.columns;
       t.first = kBlock - resident_.start(layer_, a.expert);
       t.n = a.count;
+      t.panel = panel(thread);
       t.x = h_rows_ + a.begin;
       t.x_at = 0;
       t.y = y_rows_ + a.begin;
@@ -339,7 +343,7 @@ class Forward {
   const float** h_rows_;
   float** y_rows_;
   std::size_t x_stride_, h_stride_, y_stride_;
-  float *x_, *h_, *y_, *out_, *totals_;
+  float *x_, *h_, *y_, *out_, *totals_, *panel_;
   float** total_rows_;
   std::atomic<int>* pieces_left_ = nullptr;
 };

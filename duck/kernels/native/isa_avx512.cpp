@@ -27,7 +27,7 @@ namespace {
 using V = __m512;
 constexpr int kLanes = 16;
 constexpr int kPair = 2;      // one row: two tiles at a time, for eight chains of fma
-constexpr int kMaxRows = 12;  // 24 accumulators
+constexpr int kMaxRows = 14;  // 28 accumulators, two weights, one input, one mask
 constexpr int strips_for(int rows) { return rows <= 6 ? 2 : 1; }
 
 inline V zero() { return _mm512_setzero_ps(); }

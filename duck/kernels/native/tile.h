@@ -22,6 +22,7 @@ namespace duck {
 constexpr int kTile = 64;     // output rows in a tile
 constexpr int kBlock = 128;   // edge of a checkpoint's scale blocks
 constexpr int kSegment = 64;  // longest chain of fma; half a block halves its rounding error
+constexpr int kPanel = kBlock + 16;  // floats from row to row of a panel: see Tiles
 
 enum class Format : int { fp8 = 0, bf16 = 1, f32 = 2 };
 
@@ -68,6 +69,7 @@ struct Tiles {
   std::ptrdiff_t x_at;
   float* const* y;
   std::ptrdiff_t y_at;
+  float* panel;  // room to lay out the inputs of a block: n rows of kPanel
   const std::uint8_t* next;  // what will probably be read after these tiles: a prefetch hint
 };
 
