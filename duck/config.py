@@ -12,7 +12,7 @@ from duck.errors import ConfigError
 
 # name -> the values that work; and the ones that are planned, so that a refusal can say so.
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "transport": (("auto", "loopback", "tcp"), ("shm", "multicast")),
+    "transport": (("auto", "loopback", "shm", "tcp"), ("multicast",)),
     "placement": (("equal",), ("weighted", "whole")),
     "schedule": (("auto", "serial"), ("batch", "wave", "pingpong")),
     "draft": (("auto", "mtp", "off"), ()),
@@ -49,13 +49,14 @@ class Options:
     """How to run a model; every value is checked here, into ConfigError."""
 
     ducks: str = "local:2"  # local:N, HOST:PORT,HOST:PORT, or a flock.toml
-    transport: str = "auto"  # tcp, or loopback: all ducks inside this process
+    transport: str = "auto"  # shm when we start the ducks, else tcp; loopback: all in this process
     placement: str = "equal"
     schedule: str = "auto"
     draft: str = "auto"  # auto and mtp: draft when the model has an MTP layer
     device: str = "auto"  # cuda when there is one
     dtype: str = "auto"  # float32 on the CPU, bfloat16 on CUDA
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
+    key_file: str | Path | None = None  # the cluster's key; else [host] key_file of a flock.toml
 
     def __post_init__(self) -> None:
         for name, (ready, planned) in CHOICES.items():
@@ -75,6 +76,12 @@ class Options:
                 "names other machines: use --transport tcp, or --ducks local:N"
             )
 
+    def key_path(self) -> Path | None:
+        """The file of the cluster's key, if one is given."""
+        if self.key_file is None:
+            return Ducks.parse(self.ducks).key_file
+        return Path(self.key_file)
+
 
 @dataclass(frozen=True)
 class Ducks:
@@ -83,6 +90,7 @@ class Ducks:
     local: int | None
     addresses: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    key_file: Path | None = None
 
     @classmethod
     def parse(cls, text: str) -> Ducks:
@@ -126,8 +134,11 @@ class Ducks:
         if not isinstance(host, dict):
             raise ConfigError(f"{path}: [host] must be a table")
         _known(path, "[host]", host, {"interface", "groups", "key_file"})
-        for key in host:
+        for key in set(host) - {"key_file"}:
             raise ConfigError(f"{path}: [host] {key} is not built yet; remove it")
+        key_file = host.get("key_file")
+        if key_file is not None and (not isinstance(key_file, str) or not key_file):
+            raise ConfigError(f'{path}: [host] key_file must be a path: key_file = "pond.key"')
         if not isinstance(entries, list) or not entries:
             raise ConfigError(
                 f"{path}: no [[duck]] in it; want one for each duck, with its address"
@@ -149,7 +160,9 @@ class Ducks:
             names.append(name)
         if len(set(addresses)) != len(addresses):
             raise ConfigError(f"{path}: an address appears twice")
-        return cls(None, tuple(addresses), tuple(names))
+        # A relative path is one beside the file that names it.
+        key = path.parent / Path(key_file).expanduser() if key_file else None
+        return cls(None, tuple(addresses), tuple(names), key)
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -245,6 +245,16 @@ def to_wire(x: np.ndarray, dtype: str) -> np.ndarray:
 
 # --- control plane
 
+# How a TLS connection begins: a record of a handshake (or an alert), of version 3.x. No control
+# message does: it would be one of 66 KB or more, and a greeting is far shorter.
+_TLS_RECORDS = (22, 21)
+TELLING_BYTES = 3
+
+
+def looks_like_tls(data: bytes | bytearray | memoryview) -> bool:
+    """Whether a connection that begins so (`TELLING_BYTES` or more) speaks TLS."""
+    return data[0] in _TLS_RECORDS and data[1] == 3 and 1 <= data[2] <= 4
+
 
 def encode_control(message: Mapping[str, Any]) -> bytes:
     """One control message, framed."""
@@ -259,9 +269,10 @@ def _refuse_extension(code: int, _data: bytes) -> Any:
 
 
 class ControlDecoder:
-    """Control messages out of a byte stream, however it is cut."""
+    """Control messages out of a byte stream, however it is cut; none longer than `limit` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = CONTROL_LIMIT) -> None:
+        self.limit = limit
         self._buffer = bytearray()
 
     @property
@@ -279,8 +290,8 @@ class ControlDecoder:
         messages: list[dict[str, Any]] = []
         while len(self._buffer) >= 4:
             size = int.from_bytes(self._buffer[:4], "little")
-            if size > CONTROL_LIMIT:
-                raise WireError(f"control message of {size} bytes, at most {CONTROL_LIMIT}")
+            if size > self.limit:
+                raise WireError(f"control message of {size} bytes, at most {self.limit}")
             if len(self._buffer) < 4 + size:
                 break
             body = bytes(self._buffer[4 : 4 + size])

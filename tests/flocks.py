@@ -12,17 +12,24 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from duck import wire
+from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
+from duck.transports.control import FlockTransport
+from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.tcp import TcpDuckEnd, TcpTransport
+from duck.transports.shm import ShmDuckPlane, ShmTransport
+from duck.transports.tcp import TcpDuckPlane, TcpTransport
+from duck.transports.tls import Credentials, Role
 
 WAIT_S = 20.0  # what a test waits for comes at once, or never
+KEY = ClusterKey(bytes(range(32)))
 
 
 def plan_for(
@@ -47,6 +54,7 @@ class FakeDuck:
         self.begun: asyncio.Queue[int] = asyncio.Queue()
         self.attached: list[tuple[Plan, int]] = []
         self.partial: Callable[[int, np.ndarray], np.ndarray] = self._partial
+        self.die: Callable[[], object] | None = None  # as if its process was killed, if it can
         self._loop = asyncio.get_running_loop()
         self._held: dict[int, threading.Event] = {}
 
@@ -91,12 +99,16 @@ async def loopback(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Trans
 
 @contextlib.asynccontextmanager
 async def listening(
-    handler: Any, listen: str = "127.0.0.1:0"
-) -> AsyncIterator[tuple[str, TcpDuckEnd]]:
+    handler: Any, listen: str = "127.0.0.1:0", key: ClusterKey | None = None
+) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    end = TcpDuckEnd(listen, ready.set_result)
+    planes = [TcpDuckPlane(), ShmDuckPlane()]
+    credentials = Credentials(key, Role.DUCK) if key else None
+    end = ListeningDuck(listen, ready.set_result, planes, credentials)
     serving = asyncio.create_task(end.serve(handler))
+    if isinstance(handler, FakeDuck):
+        handler.die = serving.cancel
     try:
         await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")
         if serving.done():
@@ -109,18 +121,30 @@ async def listening(
 
 
 @contextlib.asynccontextmanager
-async def tcp(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
+async def _behind_ports(
+    make: Callable[..., FlockTransport],
+    ducks: Sequence[FakeDuck],
+    plan: Plan,
+    key: ClusterKey | None = None,
+) -> AsyncIterator[Transport]:
     """Ducks behind ports of this machine."""
     async with contextlib.AsyncExitStack() as stack:
-        ends = [await stack.enter_async_context(listening(duck)) for duck in ducks]
-        transport = TcpTransport([address for address, _ in ends])
+        ends = [await stack.enter_async_context(listening(duck, key=key)) for duck in ducks]
+        credentials = Credentials(key, Role.HOST) if key else None
+        transport = make([address for address, _ in ends], credentials=credentials)
         stack.push_async_callback(transport.close)
         await transport.start(plan)
         yield transport
 
 
 # Every transport that keeps the contract; each is tested by the same suite.
-MAKERS = {"loopback": loopback, "tcp": tcp}
+MAKERS = {
+    "loopback": loopback,
+    "shm": partial(_behind_ports, ShmTransport),
+    "shm with a key": partial(_behind_ports, ShmTransport, key=KEY),
+    "tcp": partial(_behind_ports, TcpTransport),
+    "tcp with a key": partial(_behind_ports, TcpTransport, key=KEY),
+}
 
 
 @dataclass

@@ -92,8 +92,7 @@ class LoopbackTransport:
         else:
             ask.rows.landing[duck][: wire.STAMP_BYTES] = stamps
             ask.rows.partials(ask.count)[duck] = answer
-            for fragment in range(ask.fragments):
-                asks.arrived(ask, duck, fragment, ask.fragments)
+            asks.arrived_whole(ask, duck)
 
     def stats(self) -> Mapping[str, float]:
         return {"late_answers": self._asks.late_answers, "rows_free": self._asks.ring.free}

@@ -104,7 +104,9 @@ def test_labels_name_ducks_as_the_user_does(tmp_path: Path) -> None:
         ("[[duck]]\naddress = 'a:1'\nweight = 2", "weights are not built yet"),
         ("pond = 1\n[[duck]]\naddress = 'a:1'", "has pond; known are"),
         ("[host]\nhens = 1\n[[duck]]\naddress = 'a:1'", "has hens; known are"),
-        ("[host]\nkey_file = 'k'\n[[duck]]\naddress = 'a:1'", "key_file is not built yet"),
+        ("[host]\ngroups = ['g']\n[[duck]]\naddress = 'a:1'", "groups is not built yet"),
+        ("[host]\nkey_file = 5\n[[duck]]\naddress = 'a:1'", "key_file must be a path"),
+        ("[host]\nkey_file = ''\n[[duck]]\naddress = 'a:1'", "key_file must be a path"),
         ("[[duck]]\naddress = '\udce4:1'", "flock.toml"),  # not UTF-8
     ],
 )
@@ -113,6 +115,18 @@ def test_flock_files_that_cannot_be_used(tmp_path: Path, text: str, told: str) -
     flock.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=told):
         Ducks.parse(str(flock))
+
+
+def test_where_the_key_is(tmp_path: Path) -> None:
+    flock = tmp_path / "flock.toml"
+    flock.write_text('[host]\nkey_file = "pond.key"\n[[duck]]\naddress = "a:1"\n')
+    assert Options(ducks=str(flock)).key_path() == tmp_path / "pond.key"
+    assert Options(ducks=str(flock), key_file="other.key").key_path() == Path("other.key")
+    flock.write_text('[host]\nkey_file = "/etc/pond.key"\n[[duck]]\naddress = "a:1"\n')
+    assert Options(ducks=str(flock)).key_path() == Path("/etc/pond.key")
+    flock.write_text('[host]\nkey_file = "~/pond.key"\n[[duck]]\naddress = "a:1"\n')
+    assert Options(ducks=str(flock)).key_path() == Path.home() / "pond.key"
+    assert Options().key_path() is None
 
 
 def test_flock_file_that_is_not_there(tmp_path: Path) -> None:
