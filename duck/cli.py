@@ -190,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.set_defaults(command=_pack)
 
     bench.add_parser(commands, common)
+
     key = commands.add_parser(
         "key", parents=[common], help="make the key that a host and its ducks share",
         description="Write a new random key to FILE. Copy it to the host and to every duck, by a "
@@ -210,7 +211,8 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         help="local:N, HOST:PORT,HOST:PORT or flock.toml (default: local:2)",
     )  # fmt: skip
     helps = {
-        "transport": "auto: shm for local:N, else tcp; loopback: all ducks in this process",
+        "transport": "auto: shm for local:N, else tcp; multicast: asks by UDP, once for all ducks; "
+        "loopback: all ducks in this process",
         "placement": "how experts are spread over ducks",
         "schedule": "how lanes are ordered",
         "draft": "guess the next token with the model's MTP layer (auto: if it has one)",

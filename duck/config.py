@@ -12,7 +12,7 @@ from duck.errors import ConfigError
 
 # name -> the values that work; and the ones that are planned, so that a refusal can say so.
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "transport": (("auto", "loopback", "shm", "tcp"), ("multicast",)),
+    "transport": (("auto", "loopback", "shm", "tcp", "multicast"), ()),
     "placement": (("equal",), ("weighted", "whole")),
     "schedule": (("auto", "serial"), ("batch", "wave", "pingpong")),
     "draft": (("auto", "mtp", "off"), ()),
@@ -21,6 +21,8 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "answers": (("auto", "f32"), ()),
 }
 MAX_LOCAL_DUCKS = 64
+# Packets that every IPv4 network carries, and the largest jumbo frames that switches have.
+MIN_MTU, MAX_MTU = 576, 9216
 DEMO = Path(__file__).parent / "demo"
 
 
@@ -84,6 +86,73 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Network:
+    """What a flock.toml says of the host's network; for the multicast transport."""
+
+    # Names of the interfaces that multicasts go out of; none: whichever ducks are reached through.
+    interfaces: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()  # one for each interface; none: chosen anew for each session
+    mtu: int | None = None  # bytes a packet may have; None: found out
+
+    @classmethod
+    def parse(cls, path: Path, host: dict[str, Any]) -> Network:
+        """Read the [host] table.
+
+        Raises:
+            ConfigError: a value that cannot be.
+        """
+        interfaces = _names(path, "interface", host.get("interface", []))
+        groups = _names(path, "groups", host.get("groups", []))
+        mtu = host.get("mtu")
+        if groups and len(groups) != len(interfaces):
+            raise ConfigError(
+                f"{path}: [host] {len(groups)} groups for {len(interfaces)} interfaces: "
+                'want one for each: interface = ["eth0"], groups = ["239.1.2.3"]'
+            )
+        try:
+            for group in groups:
+                group_address(group)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: [host] {error}") from None
+        if mtu is not None and (type(mtu) is not int or not MIN_MTU <= mtu <= MAX_MTU):
+            raise ConfigError(f"{path}: [host] mtu {mtu!r}: want {MIN_MTU} to {MAX_MTU} bytes")
+        return cls(interfaces, groups, mtu)
+
+
+def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    """One text or a list of texts, each once."""
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(name, str) and name for name in found):
+        raise ConfigError(f"{path}: [host] {key} must be a text, or a list of texts")
+    if len(set(found)) != len(found):
+        raise ConfigError(f"{path}: [host] {key} names one twice")
+    return tuple(found)
+
+
+def group_address(text: str) -> tuple[str, int]:
+    """GROUP or GROUP:PORT as a pair; port 0 if it is not given.
+
+    Raises:
+        ConfigError: no multicast address that can be used.
+    """
+    host, colon, port = text.partition(":")
+    try:
+        group = int(ipaddress.IPv4Address(host))
+    except ValueError:
+        group = 0
+    # 224.0.0.x is for routers and never leaves a link's own protocols (RFC 5771).
+    if (
+        not 0xE0000100 <= group <= 0xEFFFFFFF
+        or (colon and not (_is_number(port) and 0 < int(port) < 65536))
+    ):  # fmt: skip
+        raise ConfigError(
+            f"group {text[:60]!r}: want an IPv4 multicast address of 224.0.1.0 to 239.255.255.255, "
+            "perhaps with a port: 239.1.2.3 or 239.1.2.3:5000"
+        )
+    return host, int(port or 0)
+
+
+@dataclass(frozen=True)
 class Ducks:
     """Which ducks: `local` of them started by us, or running ones by address."""
 
@@ -91,6 +160,7 @@ class Ducks:
     addresses: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     key_file: Path | None = None
+    network: Network = Network()
 
     @classmethod
     def parse(cls, text: str) -> Ducks:
@@ -133,9 +203,8 @@ class Ducks:
         entries = document.get("duck", [])
         if not isinstance(host, dict):
             raise ConfigError(f"{path}: [host] must be a table")
-        _known(path, "[host]", host, {"interface", "groups", "key_file"})
-        for key in set(host) - {"key_file"}:
-            raise ConfigError(f"{path}: [host] {key} is not built yet; remove it")
+        _known(path, "[host]", host, {"interface", "groups", "mtu", "key_file"})
+        network = Network.parse(path, host)
         key_file = host.get("key_file")
         if key_file is not None and (not isinstance(key_file, str) or not key_file):
             raise ConfigError(f'{path}: [host] key_file must be a path: key_file = "pond.key"')
@@ -162,7 +231,7 @@ class Ducks:
             raise ConfigError(f"{path}: an address appears twice")
         # A relative path is one beside the file that names it.
         key = path.parent / Path(key_file).expanduser() if key_file else None
-        return cls(None, tuple(addresses), tuple(names), key)
+        return cls(None, tuple(addresses), tuple(names), key, network)
 
     @property
     def labels(self) -> tuple[str, ...]:

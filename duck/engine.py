@@ -9,6 +9,7 @@ async with duck.Engine.open("path", ducks="local:4") as engine:
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -20,7 +21,7 @@ import numpy as np
 import structlog
 
 from duck import log, memory, placement, wire
-from duck.config import Ducks, Options, model_folder
+from duck.config import Ducks, Network, Options, model_folder
 from duck.device import Device, limit_threads
 from duck.errors import ConfigError
 from duck.flock import Flock
@@ -41,8 +42,9 @@ from duck.session import Session
 from duck.slices import ModelSource, layer_stream, resident_format, slice_of
 from duck.transports import shm
 from duck.transports.base import Transport
+from duck.transports.control import FlockTransport, Plane
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.tcp import TcpTransport
+from duck.transports.tcp import TcpPlane
 
 if TYPE_CHECKING:
     from duck.transports.tls import Credentials
@@ -134,6 +136,7 @@ class Engine:
             stack.callback(device.close)
             kind = _transport_kind(chosen, ducks)
             in_process = kind == "loopback"
+            plane = _plane(kind, ducks.network)  # refuses before anything is loaded
             local: LocalDucks | None = None
             if in_process or ducks.local or kind == "shm":
                 # Compiled now if need be: they would all do so at once, and be late.
@@ -173,9 +176,9 @@ class Engine:
                 if local:
                     await local.listening()
                     addresses, labels = local.addresses, local.labels
-                make = shm.ShmTransport if kind == "shm" else TcpTransport
-                transport = make(
+                transport = FlockTransport(
                     addresses,
+                    plane,
                     labels,
                     lambda duck, done, total: note(f"duck {duck}", done, total),
                     lambda duck, layer: layer_stream(checkpoint, slice_of(plan, duck), layer),
@@ -330,6 +333,23 @@ def _copy(meter: Meter) -> Meter:
     copy = Meter(ask_s=meter.ask_s, duck_s=meter.duck_s, duck_busy_s=list(meter.duck_busy_s))
     copy.device.seconds = meter.device.seconds
     return copy
+
+
+def _plane(kind: str, network: Network) -> Plane:
+    """How asks and answers travel to ducks in other processes.
+
+    Raises:
+        ConfigError: this machine has no such network.
+    """
+    if kind == "shm":
+        return shm.ShmPlane()
+    if kind != "multicast":
+        return TcpPlane()
+    if sys.platform != "linux":
+        raise ConfigError("--transport multicast needs Linux on the host; use --transport tcp")
+    from duck.transports.multicast import MulticastPlane
+
+    return MulticastPlane(network)
 
 
 def _credentials(key: ClusterKey | None) -> Credentials | None:

@@ -303,9 +303,14 @@ async def _serve(
 
 def _planes() -> list[DuckPlane]:
     """The data planes that this machine can serve; a host chooses."""
-    planes: list[DuckPlane] = [TcpDuckPlane()]
+    tcp = TcpDuckPlane()
+    planes: list[DuckPlane] = [tcp]
     if is_available():
         planes.append(ShmDuckPlane())
+    if sys.platform == "linux":
+        from duck.transports.multicast import MulticastDuckPlane
+
+        planes.append(MulticastDuckPlane(tcp))
     return planes
 
 

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from duck import wire
+from duck.config import Network
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
 from duck.transports.control import FlockTransport
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
+from duck.transports.multicast import MulticastDuckPlane, MulticastTransport
 from duck.transports.shm import ShmDuckPlane, ShmTransport
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
@@ -103,8 +105,9 @@ async def listening(
 ) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    planes = [TcpDuckPlane(), ShmDuckPlane()]
     credentials = Credentials(key, Role.DUCK) if key else None
+    tcp = TcpDuckPlane()
+    planes = [tcp, ShmDuckPlane(), MulticastDuckPlane(tcp)]
     end = ListeningDuck(listen, ready.set_result, planes, credentials)
     serving = asyncio.create_task(end.serve(handler))
     if isinstance(handler, FakeDuck):
@@ -137,6 +140,11 @@ async def _behind_ports(
         yield transport
 
 
+def _multicast(addresses: Sequence[str], credentials: Credentials | None) -> FlockTransport:
+    """On the loopback interface with the packets of an Ethernet, so that messages are cut."""
+    return MulticastTransport(addresses, credentials=credentials, network=Network(mtu=1500))
+
+
 # Every transport that keeps the contract; each is tested by the same suite.
 MAKERS = {
     "loopback": loopback,
@@ -144,6 +152,8 @@ MAKERS = {
     "shm with a key": partial(_behind_ports, ShmTransport, key=KEY),
     "tcp": partial(_behind_ports, TcpTransport),
     "tcp with a key": partial(_behind_ports, TcpTransport, key=KEY),
+    "multicast": partial(_behind_ports, _multicast),
+    "multicast with a key": partial(_behind_ports, _multicast, key=KEY),
 }
 
 

@@ -67,8 +67,8 @@ class Plane(Protocol):
         """The plan, the session and the table are known; nobody is connected."""
         ...
 
-    def offer(self, duck: int) -> Mapping[str, Any]:
-        """This plane's parameters for a duck's HELLO."""
+    def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
+        """This plane's parameters for a duck's HELLO, to be sent on this connection."""
         ...
 
     async def connect(self, duck: int, welcome: Welcome) -> None:
@@ -286,7 +286,7 @@ class FlockTransport:
                 "slice_hash": plan.slice_hash(duck),
                 "patience": [ASK_S, ASK_ROW_S],
                 "data": self.plane.name,
-                "plane": dict(self.plane.offer(duck)),
+                "plane": dict(self.plane.offer(duck, link)),
             }
         )
         facts = await self._welcome(link, duck)

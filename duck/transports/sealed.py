@@ -1,9 +1,12 @@
-"""Data frames with a seal, over a stream: made, and taken apart.
+"""Messages with a seal: as frames in a stream, and whole for whoever cuts them himself.
 
 A sealed frame is its header (with a checksum of the header alone, so that no damaged size is
 believed), then the sealed payload, `seal.overhead` longer than the header's sizes say: those are of
 the message as it was said. What is received lies in a buffer of the connection until it is whole
 and authentic; only then is it opened into the place that it belongs to.
+
+A whole message is sealed under a header of its own, which never travels: whichever datagram of it
+is asked, `sealed_message` and `open_message` make the same one. Its size is the sealed message's.
 """
 
 from __future__ import annotations
@@ -49,6 +52,48 @@ def sealed_frames(
         sealer.seal_into(head, view[offset : offset + size], into[wire.HEADER_BYTES : stop])
         into = into[stop:]
     return out
+
+
+def sealed_message(
+    sealer: Sealer,
+    kind: wire.Kind,
+    session: int,
+    ticket: int,
+    layer: int,
+    source: int,
+    body: bytes | memoryview,
+) -> bytearray:
+    """A message sealed as one, without a header.
+
+    Raises:
+        TransportError: its ticket was used before.
+    """
+    size = len(body) + overhead(kind)
+    return sealer.seal(_message_head(kind, session, ticket, layer, source, size), body)
+
+
+def open_message(
+    opener: Opener, header: wire.Header, sealed: bytes | memoryview, out: bytearray | memoryview
+) -> int:
+    """Open what `sealed_message` made into `out`, which is long enough; the body's length.
+
+    header: of any datagram of it.
+
+    Raises:
+        WireError: it is not authentic, or came before; what is in `out` must not be used.
+    """
+    head = _message_head(
+        header.kind, header.session, header.ticket, header.layer, header.source, len(sealed)
+    )
+    return opener.open_into(head, sealed, out)
+
+
+def _message_head(
+    kind: wire.Kind, session: int, ticket: int, layer: int, source: int, size: int
+) -> bytes:
+    return wire.HEADER.pack(
+        wire.MAGIC, wire.VERSION, kind, session, ticket, layer, source, 0, 1, size, 0, 0
+    )
 
 
 class SealedFrames:

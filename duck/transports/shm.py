@@ -197,7 +197,7 @@ class ShmPlane:
         self._opened.callback(os.close, descriptor)
         return descriptor
 
-    def offer(self, duck: int) -> Mapping[str, Any]:
+    def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
         return {}
 
     async def connect(self, duck: int, welcome: Welcome) -> None:

@@ -47,7 +47,7 @@ class TcpPlane:
         self._links: dict[int, Link] = {}
         self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
 
-    def offer(self, duck: int) -> Mapping[str, Any]:
+    def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
         return {}
 
     async def connect(self, duck: int, welcome: Welcome) -> None:

@@ -53,12 +53,8 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "a:1,a:1"), "appears twice"),
         (("generate", "MODEL", *IDS, "--ducks", "none.toml"), "none.toml: No such file"),
         (
-            ("generate", "MODEL", *IDS, "--ducks", "local:64", "--transport", "multicast"),
-            "not built yet",
-        ),
-        (
             ("generate", "MODEL", *IDS, "--transport", "pigeon"),
-            "want one of auto, loopback, shm",
+            "want one of auto, loopback, shm, tcp, multicast",
         ),
         (("generate", "MODEL", *IDS, "--schedule", "wave"), "--schedule wave is not built yet"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
@@ -132,9 +128,10 @@ def test_a_key_is_made_and_used(
     assert told["fingerprint"] != fingerprint
     words = ("generate", folder, *IDS, "--max-tokens", "6", "--ignore-eos", "--json")
     plain = json.loads(run(capfd, *words, "--transport", "tcp")[1])
-    code, out, err = run(capfd, *words, "--transport", "tcp", "--key-file", path)
-    assert (code, err) == (0, "")
-    assert json.loads(out)["token_ids"] == plain["token_ids"]
+    for transport in ("tcp", "shm"):
+        code, out, err = run(capfd, *words, "--transport", transport, "--key-file", path)
+        assert (code, err) == (0, "")
+        assert json.loads(out)["token_ids"] == plain["token_ids"]
 
 
 @pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])

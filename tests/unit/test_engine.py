@@ -41,7 +41,7 @@ async def both(folder: Path, **options: str) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("ducks", ["local:2", "local:3"])
-@pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
+@pytest.mark.parametrize("transport", ["loopback", "shm", "tcp", "multicast"])
 @pytest.mark.parametrize("draft", ["mtp", "off"])
 async def test_same_tokens_however_it_is_run(
     folder: Path, ducks: str, transport: str, draft: str

@@ -138,7 +138,7 @@ def test_only_the_engine_knows_both_model_and_transports() -> None:
     both = [
         name
         for name in MODULES
-        if {"duck.transports.tcp", "duck.model.transformer"}
+        if {"duck.transports.control", "duck.model.transformer"}
         <= set(imports(MODULES[name], name, at_import=True))
     ]
     assert both == ["duck.engine"]
