@@ -1,4 +1,4 @@
-"""Progress bars with bytes and rate, on stderr; nothing where stderr is no terminal."""
+"""Progress on stderr: bars with bytes and rate, or what is at work; nothing off a terminal."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def bars(verb: str) -> Iterator[Callable[[str, int, int], None]]:
             shown.update(tasks[what], completed=done, total=total)
 
         yield note
+
+
+@contextlib.contextmanager
+def working() -> Iterator[Callable[[str], None]]:
+    """One line with what is at work now: call it with the text."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(text)

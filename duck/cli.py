@@ -1,9 +1,8 @@
-"""The command `duck`: parses options, runs one command, turns errors into one line and an exit
-code.
+"""The command `duck`: parses options, runs one command, turns errors into a line and an exit code.
 
 Exit codes: 0 ok, 2 bad usage or input, 3 flock failure, 130 Ctrl-C. Answers go to stdout,
-everything else
-to stderr. Heavy modules are imported by the command that needs them: a duck must not load torch.
+everything else to stderr. Heavy modules are imported by the command that needs them: a duck must
+not load torch.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import duck
-from duck import log
+from duck import bench, log
 from duck.config import CHOICES, model_folder
 from duck.errors import ConfigError, DuckError
 from duck.wire import plain
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from duck.sampling import Sampling
 
 # Commands that design.md names and this version does not have.
-PLANNED = ("serve", "bench", "trace", "plan", "doctor")
+PLANNED = ("serve", "trace", "plan", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", metavar="DIR", required=True)
     pack.set_defaults(command=_pack)
 
+    bench.add_parser(commands, common)
     for name in PLANNED:
         commands.add_parser(name, help="(planned)", add_help=False)
     return parser

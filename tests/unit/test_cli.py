@@ -61,6 +61,12 @@ IDS = ("--prompt-ids", "5,6,7")
         (("score", "MODEL", "--prompt-ids", "1"), "at least two"),
         (("score", "MODEL", *IDS, "--logits-out", "no/dir/x"), "no such folder: no/dir"),
         (("serve", "MODEL"), "serve is not built yet"),
+        (("bench",), "WHAT"),
+        (("bench", "kernel", "--isa", "mmx", "--memory-gib", "0.34"), "isa 'mmx'"),
+        (("bench", "kernel", "--rows", "1,0"), "--rows '1,0': want numbers from 1 up"),
+        (("bench", "kernel", "--threads", "all"), "--threads 'all'"),
+        (("bench", "kernel", "--memory-gib", "9e9"), "free, want less"),
+        (("bench", "kernel", "--repeats", "0"), "--repeats 0: want more than 0"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
         (("node", "--listen", "127.0.0.1", "--model", "MODEL"), "want HOST:PORT"),
         (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
@@ -196,3 +202,14 @@ def test_what_files_say_does_nothing_to_the_terminal(
     file.write_text('[[duck]]\nname = "a\\u001b[31m\\nb"\naddress = "127.0.0.1:1"\n')
     code, _, err = run(capfd, "generate", folder, *IDS, "--ducks", file)
     assert (code, err.count("\n"), "\x1b" in err) == (3, 1, False)
+
+
+def test_bench_kernel(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("bench", "kernel", "--isa", "scalar", "--rows", "1", "--threads", "1", "--json")
+    code, out, err = run(
+        capfd, *words, "--shape", "slice", "--memory-gib", "0.34", "--repeats", "1"
+    )
+    assert (code, err) == (0, "")
+    (row,) = json.loads(out)["rows"]
+    assert (row["isa"], row["threads"], row["rows"]) == ("scalar", 1, 1)
+    assert row["ratio"] == pytest.approx(row["gb_s"] / row["stream_gb_s"])
