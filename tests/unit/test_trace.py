@@ -104,7 +104,8 @@ def test_events_say_what_was_recorded() -> None:
         (1, 2100, 1000),
         (1, 3400, 1000),
     ]
-    assert ducks[3]["args"] == {"layer": 4, "queue_us": 800, "compute_us": 1000, "rows": 1}
+    about = {"layer": 4, "ask": 1, "queue_us": 800, "compute_us": 1000, "answered_us": 3000}
+    assert ducks[3]["args"] == about
 
 
 def test_asks_that_overlap_get_rows_of_their_own() -> None:
