@@ -23,6 +23,9 @@ from duck.plan.simulate import SCHEDULES, simulate
 from duck.recording import Asked, Recording
 from duck.trace import Span
 
+# A duck that its asks wait for by less than this share of them is no straggler.
+NOTABLE = 0.01
+
 Interval = tuple[float, float]
 
 
@@ -235,9 +238,9 @@ def _ducks(
                 behind_ms=behind[duck] / len(whole) / 1e3,
             )
         )
-    if len(names) < 2:
-        return ducks, None, ""
     slow = max(ducks, key=lambda duck: duck.behind_ms)
+    if slow.behind_ms * 1e3 < NOTABLE * statistics.median(ask.end - ask.start for ask in whole):
+        return ducks, None, ""
     by_compute = slow.compute_ms - statistics.median(duck.compute_ms for duck in ducks)
     by_way = slow.way_ms - statistics.median(duck.way_ms for duck in ducks)
     why = "it computes longer" if by_compute >= by_way else "its answers are longer on their way"

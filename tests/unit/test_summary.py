@@ -136,6 +136,10 @@ def test_the_straggler_has_a_name_and_a_reason(tmp_path: Path) -> None:
     assert slow.gb_s == pytest.approx(4 * 1e6 / 0.58e-3 / 1e9, rel=0.01)
 
 
+def test_ducks_that_are_alike_have_no_straggler(tmp_path: Path) -> None:
+    assert summarize(recorded(played("wave"), tmp_path)).straggler is None
+
+
 def test_a_trace_without_steps_is_looked_at_as_a_whole(tmp_path: Path) -> None:
     trace = Trace()
     trace.span("device", "dense", 1.0, 1.004, 0)
@@ -167,7 +171,7 @@ def test_table_json_and_picture(
 ) -> None:
     code, out, err = run(capfd, str(file))
     assert (code, err) == (0, "")
-    for word in ("wave", "overlap efficiency", "waited for most", "attend", "duck 1", "GB/s"):
+    for word in ("wave", "overlap efficiency", "predicted step", "attend", "duck 1", "GB/s"):
         assert word in out
     png = tmp_path / "steps.png"
     code, out, err = run(capfd, str(file), "--json", "--png", str(png), "--steps", "1:3")
