@@ -39,7 +39,7 @@ class Times:
     dense: float = 0.28  # the MLP of a dense layer, one row or two
     head: float = 1.2  # the last norm and the head, one row or two
     combine: float = 0.13  # the MTP layer's input, before its attention
-    host: float = 0.15  # choosing a token from logits, and what else a step does once
+    host: float = 0.15  # choosing a token from logits, beside the head
     accept: float = 0.871  # share of drafts that are accepted
 
     def attend_rows(self, rows: int) -> float:
@@ -106,10 +106,10 @@ def pingpong(times: Times, groups: int, *, draft: bool) -> float:
     attend = times.attend_rows(rows)
     lone = attend + max(times.shared, times.flight(rows))
     part = max(attend + times.shared, times.expert_rows(rows))
-    once, device = _once(times, rows), _once(times, rows) - times.host
+    once = device = _once(times, rows)
     if draft:
         once += _mtp(times, overlapped=True)
-        device += times.combine + times.attend_rows(2) + times.shared + times.head
+        device += times.combine + times.attend_rows(2) + times.shared + times.head + times.host
     waits = (groups - 1) * max(0.0, device - max(part, lone / groups))
     return times.moe_layers * max(lone, groups * part) + once + waits
 
@@ -122,10 +122,11 @@ def bound(times: Times, *, rows: int, together: bool) -> float:
     asks = 1 if together else rows
     each = rows if together else 1
     device = times.moe_layers * asks * (times.attend_rows(each) + times.shared)
-    device += times.dense_layers * asks * (times.attend_rows(each) + times.dense) + times.head
+    device += times.dense_layers * asks * (times.attend_rows(each) + times.dense)
+    device += times.head + times.host
     ducks = times.moe_layers * asks * times.expert_rows(each)
     if rows > 1:
-        device += times.combine + times.attend_rows(rows) + times.shared + times.head
+        device += times.combine + times.attend_rows(rows) + times.shared + times.head + times.host
         ducks += times.expert
     return max(device, ducks)
 

@@ -4,10 +4,10 @@ Pure. The schedules are written here once more, as short walks that wait for wha
 use one thing at a time, so that what the pipeline measures can be held against it: a step that
 takes longer than its simulation has lost time that the dependencies do not explain.
 
-What is simulated: a device that runs one piece at a time, the shared expert after everything else
-that waits; ducks as one, all equally fast, answering asks in order; the wire as two directions,
-each busy for an ask's rows and late by a fixed time; the loop, which chooses tokens. Between lanes
-the guess follows the sure row: at each layer it waits for that row's KV, and for nothing else.
+What is simulated: a device that runs one piece at a time, in the order they were wished for but for
+`YIELDS`; ducks as one, all equally fast, answering asks in order; the wire as two directions, each
+busy for an ask's rows and late by a fixed time. Between lanes the guess follows the sure row: at
+each layer it waits for that row's KV, and for nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from dataclasses import dataclass, replace
 from duck.plan.closed import Times
 
 SCHEDULES = ("serial", "batch", "wave", "pingpong")
+# So many pieces of device work that came later may go before one of these: nothing flies that they
+# hold up. As `device.OVERTAKEN`.
+YIELDS = {"shared": 4, "guess": 8, "head": 8}
 STEPS = 6  # a step depends on the one before only where sessions meet, and settles soon
 
 
@@ -27,7 +30,7 @@ STEPS = 6  # a step depends on the one before only where sessions meet, and sett
 class Busy:
     """Something was in use."""
 
-    resource: str  # device, ducks, out, back, loop
+    resource: str  # device, ducks, out, back
     name: str
     session: int
     lane: int
@@ -114,7 +117,7 @@ class _Use:
     session: int
     lane: int = 0
     layer: int = -1
-    later: bool = False  # only when nothing else waits for the resource
+    yields: int = 0  # how many later wishes for the resource may overtake it
 
 
 # A walk yields what it waits for.
@@ -128,7 +131,8 @@ class _World:
         self.now = 0.0
         self.spans: list[Busy] = []
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
-        self._queues: dict[str, list[tuple[bool, int, _Use, Steps]]] = {}
+        self._queues: dict[str, list[tuple[int, int, _Use, Steps]]] = {}
+        self._numbers: dict[str, int] = {}
         self._in_use: set[str] = set()
         self._order = itertools.count()
         self._signals: dict[Steps, _Signal] = {}
@@ -166,7 +170,8 @@ class _World:
             wish.waiting.append(walk)
         elif isinstance(wish, _Use):
             queue = self._queues.setdefault(wish.resource, [])
-            heapq.heappush(queue, (wish.later, next(self._order), wish, walk))
+            number = self._numbers[wish.resource] = self._numbers.get(wish.resource, 0) + 1
+            heapq.heappush(queue, (number + wish.yields, number, wish, walk))
             self._serve(wish.resource)
         else:
             self._at(self.now + wish, lambda: self._advance(walk))
@@ -215,7 +220,7 @@ class _Walk:
                 ahead = None
             else:
                 yield world.start(self._lane(rows, 0))
-            yield from self._choose()
+            yield from self._choose("head")
             if draft:
                 if early and schedule == "wave" and step < steps - 1:
                     kv = self._signals()
@@ -251,7 +256,7 @@ class _Walk:
         answered = self._world.start(self._ask(rows, lane, layer))
         if not self._overlapped:
             yield answered
-        yield self._device("shared", self._times.shared, lane, layer, later=True)
+        yield self._device("shared", self._times.shared, lane, layer)
         yield answered
 
     def _ask(self, rows: int, lane: int, layer: int) -> Steps:
@@ -262,17 +267,14 @@ class _Walk:
         yield _Use("back", times.back_row * rows, "answers", session, lane, layer)
         yield times.back_fixed
 
-    def _choose(self) -> Steps:
-        yield self._device("head", self._times.head)
-        yield _Use("loop", self._times.host, "choose", self._session)
+    def _choose(self, name: str) -> Steps:
+        yield self._device(name, self._times.head + self._times.host)
 
     def _draft(self) -> Steps:
         yield self._device("combine", self._times.combine)
         yield self._device("attend", self._times.attend_rows(2), layer=self._layers)
         yield from self._experts(1, 0, self._layers)
-        yield from self._choose()
+        yield from self._choose("guess")
 
-    def _device(
-        self, name: str, ms: float, lane: int = 0, layer: int = -1, *, later: bool = False
-    ) -> _Use:
-        return _Use("device", ms, name, self._session, lane, layer, later)
+    def _device(self, name: str, ms: float, lane: int = 0, layer: int = -1) -> _Use:
+        return _Use("device", ms, name, self._session, lane, layer, YIELDS.get(name, 0))
