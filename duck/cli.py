@@ -218,8 +218,9 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
     helps = {
         "transport": "tcp, or loopback: all ducks inside this process",
         "placement": "how experts are spread over ducks",
-        "schedule": "how lanes are ordered",
-        "draft": "guess the next token with the model's MTP layer (auto: if it has one)",
+        "schedule": "how rows are grouped and ordered (auto: by measured times)",
+        "draft": "guess the next token with the model's MTP layer (auto: while it pays)",
+        "early": "start a wave's sure token while its guess is being made (auto: if it gains)",
         "device": "where attention runs (auto: cuda if there is one)",
         "dtype": "auto: float32 on cpu, bfloat16 on cuda",
         "answers": "f32: partial sums travel in float32 even when asks travel in bfloat16",

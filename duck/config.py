@@ -14,8 +14,9 @@ from duck.errors import ConfigError
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "transport": (("auto", "loopback", "tcp"), ("shm", "multicast")),
     "placement": (("equal",), ("weighted", "whole")),
-    "schedule": (("auto", "serial"), ("batch", "wave", "pingpong")),
+    "schedule": (("auto", "serial", "batch", "wave", "pingpong"), ()),
     "draft": (("auto", "mtp", "off"), ()),
+    "early": (("auto", "on", "off"), ()),
     "device": (("auto", "cpu", "cuda"), ()),
     "dtype": (("auto", "float32", "bfloat16"), ()),
     "answers": (("auto", "f32"), ()),
@@ -51,8 +52,9 @@ class Options:
     ducks: str = "local:2"  # local:N, HOST:PORT,HOST:PORT, or a flock.toml
     transport: str = "auto"  # tcp, or loopback: all ducks inside this process
     placement: str = "equal"
-    schedule: str = "auto"
-    draft: str = "auto"  # auto and mtp: draft when the model has an MTP layer
+    schedule: str = "auto"  # auto: by measured times
+    draft: str = "auto"  # auto: while it pays; mtp: whenever the model has an MTP layer
+    early: str = "auto"  # whether a wave's sure lane starts while its guess is being made
     device: str = "auto"  # cuda when there is one
     dtype: str = "auto"  # float32 on the CPU, bfloat16 on CUDA
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16

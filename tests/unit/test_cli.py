@@ -53,7 +53,7 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "none.toml"), "none.toml: No such file"),
         (("generate", "MODEL", *IDS, "--ducks", "local:64", "--transport", "shm"), "not built yet"),
         (("generate", "MODEL", *IDS, "--transport", "pigeon"), "want one of auto, loopback, tcp"),
-        (("generate", "MODEL", *IDS, "--schedule", "wave"), "--schedule wave is not built yet"),
+        (("generate", "MODEL", *IDS, "--schedule", "tide"), "want one of auto, serial, batch"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
         (("generate", "MODEL", *IDS, "--trace", "t.json"), "--trace is not built yet"),
         (("generate", "MODEL", *IDS, "--transport", "loopback", "--ducks", "h:1"), "inside this"),
