@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import duck
 from duck import bench, log
-from duck.config import CHOICES, model_folder
+from duck.config import CHOICES, model_folder, output_file
 from duck.errors import ConfigError, DuckError
 from duck.wire import plain
 
@@ -232,7 +232,10 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
             shown += f" (planned: {', '.join(planned)})"
         default = "equal" if name == "placement" else "auto"
         flock.add_argument(f"--{name}", default=default, metavar="X", help=f"{shown}: {text}")
-    flock.add_argument("--trace", metavar="OUT.json", help="(planned) write a trace")
+    flock.add_argument(
+        "--trace", metavar="OUT.json",
+        help="write what happened when, for ui.perfetto.dev and duck trace summarize (.gz: packed)",
+    )  # fmt: skip
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -255,14 +258,8 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The Engine's options among the command line's.
-
-    Raises:
-        ConfigError: an option that is not built yet.
-    """
-    if arguments.trace is not None:
-        raise ConfigError("--trace is not built yet; leave it out")
-    return {name: getattr(arguments, name) for name in ("ducks", *CHOICES)}
+    """The Engine's options among the command line's."""
+    return {name: getattr(arguments, name) for name in ("ducks", *CHOICES, "trace")}
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
@@ -339,23 +336,11 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace) -> int:
     from duck import terminal
 
-    out = None if arguments.logits_out is None else _output_file(arguments.logits_out)
+    out = None if arguments.logits_out is None else output_file("logits-out", arguments.logits_out)
     return terminal.score(
         arguments.model, _prompt_of(arguments), engine_options(arguments),
         mtp=arguments.mtp, out=out, as_json=arguments.json,
     )  # fmt: skip
-
-
-def _output_file(name: str) -> Path:
-    """A file that can be written, checked before the work is done."""
-    path = Path(name)
-    if not name or path.is_dir() or (path.exists() and not path.is_file()):
-        raise ConfigError(f"--logits-out {name!r} is no file: give the path of a file to write")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--logits-out {name}: no such folder: {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--logits-out {name}: may not be written")
-    return path
 
 
 def _node(arguments: argparse.Namespace) -> int:
