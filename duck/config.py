@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,24 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
+def output_file(flag: str, name: str) -> Path:
+    """The file of an option, which can be written: checked before the work is done.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not isinstance(name, str) or not name or Path(name).is_dir():
+        raise ConfigError(f"--{flag} {name!r} is no file: give the path of a file to write")
+    path = Path(name)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--{flag} {name!r} is no file: give the path of a file to write")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--{flag} {name}: no such folder: {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--{flag} {name}: may not be written")
+    return path
+
+
 @dataclass(frozen=True)
 class Options:
     """How to run a model; every value is checked here, into ConfigError."""
@@ -58,6 +77,7 @@ class Options:
     device: str = "auto"  # cuda when there is one
     dtype: str = "auto"  # float32 on the CPU, bfloat16 on CUDA
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
+    trace: str | None = None  # the file to write what happened when to
 
     def __post_init__(self) -> None:
         for name, (ready, planned) in CHOICES.items():
@@ -68,6 +88,8 @@ class Options:
                 )
             if value not in ready:
                 raise ConfigError(f"--{name} {value!r}: want one of {', '.join(ready)}")
+        if self.trace is not None:
+            output_file("trace", self.trace)
         if not isinstance(self.ducks, str):
             raise ConfigError(f"--ducks {self.ducks!r}: want a text, as local:2 or HOST:PORT")
         flock = Ducks.parse(self.ducks)
@@ -161,6 +183,12 @@ class Ducks:
             f"duck {number} ({name + ', ' if name else ''}{address})"
             for number, (name, address) in enumerate(pairs)
         )
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """How traces name the ducks."""
+        names = self.names or ("",) * self.count
+        return tuple(f"duck {number} {name}".strip() for number, name in enumerate(names))
 
     @property
     def count(self) -> int:

@@ -39,6 +39,7 @@ from duck.report import DuckLoad, LoadReport
 from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
 from duck.slices import ModelSource, layer_stream, resident_format, slice_of
+from duck.trace import OFF, Trace
 from duck.transports.base import Transport
 from duck.transports.loopback import LoopbackTransport
 from duck.transports.tcp import TcpTransport
@@ -125,6 +126,11 @@ class Engine:
         note = progress or (lambda _what, _done, _total: None)
         async with AsyncExitStack() as stack:
             stack.enter_context(switching_fast())
+            trace: Trace = OFF
+            if chosen.trace is not None:
+                trace = Trace(ducks.short_names)
+                # Whatever ends us: what went wrong is then to be seen in it.
+                stack.callback(trace.write, chosen.trace)
             device = Device(chosen.device, chosen.dtype)
             stack.callback(device.close)
             in_process = chosen.transport == "loopback"
@@ -178,10 +184,16 @@ class Engine:
             await flock.start()
             pipeline = Pipeline(
                 model, device, flock,
-                schedule=chosen.schedule, draft=chosen.draft, early=chosen.early,
+                schedule=chosen.schedule, draft=chosen.draft, early=chosen.early, trace=trace,
+            )  # fmt: skip
+            served = "loopback" if in_process else "tcp"
+            trace.about(
+                model=folder.name, transport=served, dtype=device.dtype_name,
+                # What a duck reads for each expert that an ask names.
+                expert_bytes=[slice_of(plan, duck).record_bytes for duck in range(plan.ducks)],
             )  # fmt: skip
             load = _report(checkpoint, model, plan, transport.attached)
-            yield cls(prompts, model, pipeline, plan, "loopback" if in_process else "tcp", load)
+            yield cls(prompts, model, pipeline, plan, served, load)
 
     # answers
 

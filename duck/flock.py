@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
@@ -74,6 +74,11 @@ class FlockAsk:
     def sent_at(self) -> float:
         """When it was sent, in perf_counter's seconds."""
         return self._ask.sent_at
+
+    @property
+    def arrived_at(self) -> Sequence[float]:
+        """When each duck's answer was whole."""
+        return self._ask.arrived_at
 
     @property
     def done_at(self) -> float:

@@ -61,6 +61,8 @@ class FlyingAsk(Protocol):
     @property
     def sent_at(self) -> float: ...
     @property
+    def arrived_at(self) -> Sequence[float]: ...
+    @property
     def done_at(self) -> float: ...
     async def arrived(self) -> None: ...
     def total(self) -> np.ndarray: ...
@@ -330,7 +332,7 @@ class Pipeline:
         self.stages.asked(len(ids), ask.done_at - ask.sent_at, ask.ducks_us)
         if self._trace.on:
             self._trace.ask(
-                layer.index, ask.sent_at, ask.done_at, ask.ducks_us, ids,
+                layer.index, ask.sent_at, ask.done_at, ask.ducks_us, ids, ask.arrived_at,
                 lane=lane.number, session=lane.spans[0].session.number,
             )  # fmt: skip
 

@@ -41,6 +41,7 @@ ASK_EVENTS = 600_000  # events that the asks become: each duck's span and flow
 
 NO_LAYER = -1
 HOST, DUCKS = 1, 2  # process ids in the file
+FORMAT = "duck trace 1"  # how a reader knows a file of ours
 _FIRST = ("loop", "device", "net")  # the order of the tracks in the file; others follow
 # A flow is bound to the span around its time, which must lie inside the span, not on its edge.
 _INSIDE = 1e-9
@@ -192,7 +193,12 @@ class Trace:
                 for event in self.events():
                     file.write(separator + json.dumps(event, separators=(",", ":")))
                     separator = ",\n"
-                about = {**self.facts, "ducks": list(self.ducks), "dropped": self.dropped()}
+                about = {
+                    "format": FORMAT,
+                    **self.facts,
+                    "ducks": list(self.ducks),
+                    "dropped": self.dropped(),
+                }
                 file.write('\n],"displayTimeUnit":"ms","otherData":')
                 json.dump(about, file)
                 file.write("}\n")
@@ -212,7 +218,7 @@ class Trace:
         for span in spans:
             tracks.setdefault(span.track, []).append((span, -1))
         for number, ask in enumerate(asks):
-            args = {"rows": ask.rows, **ask.args, "experts": ask.ids.tolist()}
+            args = {"ask": number, "rows": ask.rows, **ask.args, "experts": ask.ids.tolist()}
             name = f"ask {ask.layer}"
             tracks["net"].append((Span("net", name, ask.layer, ask.sent, ask.done, args), number))
 
@@ -237,7 +243,10 @@ class Trace:
                 queue_us, compute_us = ask.ducks_us[duck]
                 arrived = min(max(ask.arrived[duck], ask.sent), ask.done)
                 start, free = anchor(ask.sent, arrived, queue_us / 1e6, compute_us / 1e6, free)
-                about = {"queue_us": queue_us, "compute_us": compute_us, "rows": ask.rows}
+                about = {
+                    "ask": number, "queue_us": queue_us, "compute_us": compute_us,
+                    "answered_us": _us(arrived - ask.sent),
+                }  # fmt: skip
                 yield _x(DUCKS, duck, Span(name, "experts", ask.layer, start, free, about), zero)
                 flow = number * len(self.ducks) + duck + 1
                 yield _flow("s", HOST, net[number], flow, ask.sent + _INSIDE - zero)

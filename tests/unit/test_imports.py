@@ -1,6 +1,6 @@
 """Who may import whom. The rules make parts testable alone, and ducks small: see docs/design.md.
 
-- wire, reliable, gather, placement and schedule are pure: no sockets, no asyncio, no clock.
+- wire, reliable, gather, placement, schedule and plan are pure: no sockets, no asyncio, no clock.
 - Transports import no torch. The model and its kernels import no asyncio.
 - A duck's process imports no torch, nor does `import duck`.
 """
@@ -18,7 +18,10 @@ import pytest
 import duck
 
 ROOT = Path(duck.__file__).parent
-PURE = ("duck.wire", "duck.reliable", "duck.gather", "duck.placement", "duck.schedule")
+PURE = (
+    "duck.wire", "duck.reliable", "duck.gather", "duck.placement", "duck.schedule",
+    "duck.plan.closed", "duck.plan.simulate",
+)  # fmt: skip
 OUTSIDE = {
     "asyncio", "concurrent", "datetime", "multiprocessing", "select", "selectors", "signal",
     "socket", "subprocess", "threading", "time", "torch", "uvloop",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from duck.errors import ConfigError
 from duck.trace import OFF, Span, Trace, anchor
+from tests.perfetto import check_schema
 
 DUCKS = ("duck 0", "duck 1")
 IDS = np.array([[3, 1], [1, 200]], np.int32)
@@ -36,40 +36,6 @@ def sample() -> Trace:
 
 def events(trace: Trace, phase: str) -> list[dict[str, Any]]:
     return [event for event in trace.events() if event["ph"] == phase]
-
-
-def check_schema(document: Mapping[str, Any]) -> None:
-    """What the Chrome trace event format asks of a JSON object file, and what Perfetto needs."""
-    named, flows = set(), {}
-    for event in document["traceEvents"]:
-        assert {"ph", "name", "pid", "tid"} <= set(event)
-        assert all(isinstance(event[key], int) for key in ("pid", "tid"))
-        phase = event["ph"]
-        assert phase in "MXstfC"
-        if phase == "M":
-            assert event["name"] in ("process_name", "thread_name", "thread_sort_index")
-            if event["name"] == "thread_name":
-                named.add((event["pid"], event["tid"]))
-            continue
-        assert event["ts"] >= 0
-        if phase == "X":
-            assert event["dur"] >= 0
-            assert (event["pid"], event["tid"]) in named
-        elif phase in "stf":
-            flows.setdefault(event["id"], []).append(event)
-        else:
-            assert isinstance(event["args"]["value"], int | float)
-    for flow in flows.values():
-        assert [event["ph"] for event in flow] == ["s", "t", "f"]
-        assert flow[2]["bp"] == "e"
-        assert flow[0]["ts"] <= flow[1]["ts"] <= flow[2]["ts"]
-        for event in flow:  # each end lies in a span of its thread
-            assert any(
-                (x["pid"], x["tid"]) == (event["pid"], event["tid"])
-                and x["ts"] <= event["ts"] <= x["ts"] + x["dur"]
-                for x in document["traceEvents"]
-                if x["ph"] == "X"
-            )
 
 
 def test_file_is_what_perfetto_reads(tmp_path: Path) -> None:
@@ -104,7 +70,8 @@ def test_events_say_what_was_recorded() -> None:
         (1, 2100, 1000),
         (1, 3400, 1000),
     ]
-    assert ducks[3]["args"] == {"layer": 4, "queue_us": 800, "compute_us": 1000, "rows": 1}
+    about = {"layer": 4, "ask": 1, "queue_us": 800, "compute_us": 1000, "answered_us": 3000}
+    assert ducks[3]["args"] == about
 
 
 def test_asks_that_overlap_get_rows_of_their_own() -> None:
