@@ -1,6 +1,7 @@
 """Who may import whom. The rules make parts testable alone, and ducks small: see docs/design.md.
 
-- wire, reliable, gather, placement, schedule and seal are pure: no sockets, no asyncio, no clock.
+- wire, reliable, gather, placement, schedule, plan and seal are pure: no sockets, no asyncio, no
+  clock.
 - Transports import no torch. The model and its kernels import no asyncio.
 - A duck's process imports no torch, nor does `import duck`.
 """
@@ -20,6 +21,7 @@ import duck
 ROOT = Path(duck.__file__).parent
 PURE = (
     "duck.wire", "duck.reliable", "duck.gather", "duck.placement", "duck.schedule", "duck.seal",
+    "duck.plan.closed", "duck.plan.simulate",
 )  # fmt: skip
 OUTSIDE = {
     "asyncio", "concurrent", "datetime", "multiprocessing", "select", "selectors", "signal",
