@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duck import memory
@@ -16,7 +18,7 @@ from duck.errors import ConfigError
 if TYPE_CHECKING:
     from duck.kernels.bench import Shape
 
-PLANNED = ("transport", "pipeline", "generate")
+PLANNED = ("transport", "generate")
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -24,6 +26,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     bench = commands.add_parser("bench", help="measure kernels, each beside its own yardstick")
     kinds = bench.add_subparsers(metavar="WHAT", required=True)
     _kernel_parser(kinds, common)
+    _pipeline_parser(kinds, common)
     for name in PLANNED:
         planned = kinds.add_parser(name, help="(planned)")
         planned.set_defaults(command=_planned, planned=name, log_level="warning", json=False)
@@ -99,6 +102,79 @@ def _kernel(arguments: argparse.Namespace) -> int:
         write_json(report)
     else:
         sys.stdout.write(tables(report) + "\n")
+    return 0
+
+
+# --- duck bench pipeline
+
+
+def _pipeline_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
+    pipeline = kinds.add_parser(
+        "pipeline", parents=[common], help="the schedules beside their simulation",
+        description="The real pipeline, flock and event loop over a device and ducks that take "
+        "given times: a step's milliseconds beside the simulated step and beside what no order of "
+        "the same work can beat. Takes a minute or two, and little of the processor.",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--times", default="tuned", choices=("tuned", "original"),
+        help="of 32 small machines and a GPU: with attention as fast as its memory, or as slow as "
+        "the first such system had it (default: %(default)s)",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--schedule", metavar="A,B", default="serial,batch,wave,pingpong",
+        help="which ones; pingpong has two sessions (default: %(default)s)",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--scale", type=float, default=30.0, metavar="X",
+        help="everything takes so many times as long: threads wake up late by fixed amounts "
+        "(default: %(default)g)",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="of each session (default: %(default)s)"
+    )
+    pipeline.add_argument("--ducks", type=int, default=32, metavar="N", help="default: 32")
+    pipeline.add_argument(
+        "--layers", type=int, metavar="N", help="layers with routed experts (default: 58)"
+    )
+    pipeline.add_argument(
+        "--traces", metavar="DIR", help="write the traces there, one for each schedule"
+    )
+    pipeline.set_defaults(command=_pipeline)
+
+
+def _pipeline(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from duck.bars import working
+    from duck.cli import write_json
+    from duck.plan import overlap
+
+    limits = {"scale": (0.1, 1000.0), "steps": (1, 100), "ducks": (1, 255), "layers": (1, 1000)}
+    for name, (least, most) in limits.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"--{name} {value}: want {least:g} to {most:g}")
+    schedules = arguments.schedule.split(",")
+    if not set(schedules) <= set(overlap.SESSIONS):
+        allowed = ", ".join(overlap.SESSIONS)
+        raise ConfigError(f"--schedule {arguments.schedule[:60]!r}: want some of {allowed}")
+    folder = None if arguments.traces is None else Path(arguments.traces)
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--traces {folder}: no such folder")
+    times = overlap.TIMES[arguments.times]
+    if arguments.layers is not None:
+        times = replace(times, moe_layers=arguments.layers)
+    with working() as note:
+        rows = overlap.bench_pipeline(
+            times, schedules=schedules, ducks=arguments.ducks, steps=arguments.steps,
+            scale=arguments.scale, folder=folder, note=note,
+        )  # fmt: skip
+    if arguments.json:
+        report = {"times": asdict(times), "scale": arguments.scale, "ducks": arguments.ducks}
+        write_json({**report, "rows": [asdict(row) for row in rows]})
+    else:
+        for table in overlap.tables(rows):
+            Console().print(table)
     return 0
 
 
