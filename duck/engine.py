@@ -9,7 +9,6 @@ async with duck.Engine.open("path", ducks="local:4") as engine:
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -21,7 +20,7 @@ import numpy as np
 import structlog
 
 from duck import log, memory, placement, wire
-from duck.config import Ducks, Network, Options, model_folder
+from duck.config import Ducks, Options, model_folder
 from duck.device import Device, limit_threads, switching_fast
 from duck.errors import ConfigError
 from duck.flock import Flock
@@ -44,9 +43,9 @@ from duck.slices import ModelSource, layer_stream, resident_format, slice_of
 from duck.trace import OFF, Trace
 from duck.transports import shm
 from duck.transports.base import Transport
-from duck.transports.control import FlockTransport, Plane
+from duck.transports.control import FlockTransport
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.tcp import TcpPlane
+from duck.transports.planes import host_plane
 
 if TYPE_CHECKING:
     from duck.transports.tls import Credentials
@@ -144,7 +143,7 @@ class Engine:
             stack.callback(device.close)
             kind = _transport_kind(chosen, ducks)
             in_process = kind == "loopback"
-            plane = _plane(kind, ducks.network)  # refuses before anything is loaded
+            plane = host_plane(kind, ducks.network)  # refuses before anything is loaded
             local: LocalDucks | None = None
             if in_process or ducks.local or kind == "shm":
                 # Compiled now if need be: they would all do so at once, and be late.
@@ -355,23 +354,6 @@ class _Run:
         if not self.meter.schedules:
             return self._pipeline.chooser.way(1).policy.name
         return self.meter.schedules.most_common(1)[0][0]
-
-
-def _plane(kind: str, network: Network) -> Plane:
-    """How asks and answers travel to ducks in other processes.
-
-    Raises:
-        ConfigError: this machine has no such network.
-    """
-    if kind == "shm":
-        return shm.ShmPlane()
-    if kind != "multicast":
-        return TcpPlane()
-    if sys.platform != "linux":
-        raise ConfigError("--transport multicast needs Linux on the host; use --transport tcp")
-    from duck.transports.multicast import MulticastPlane
-
-    return MulticastPlane(network)
 
 
 def _credentials(key: ClusterKey | None) -> Credentials | None:

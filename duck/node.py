@@ -33,9 +33,8 @@ from duck.keys import ClusterKey
 from duck.placement import Plan, Slice
 from duck.slices import Arena, ModelSource, Source, StoreSource, adopt, slice_of
 from duck.transports.base import Loading
-from duck.transports.listen import DuckPlane, ListeningDuck
-from duck.transports.shm import ShmDuckPlane, is_available
-from duck.transports.tcp import TcpDuckPlane
+from duck.transports.listen import ListeningDuck
+from duck.transports.planes import duck_planes
 
 if TYPE_CHECKING:
     from duck.transports.tls import Credentials
@@ -295,23 +294,10 @@ async def _serve(
         await loop.connect_read_pipe(lambda: _EndOfInput(stop), sys.stdin)
     try:
         credentials = _credentials(key)
-        await ListeningDuck(listen, ready, _planes(), credentials).serve(node)
+        await ListeningDuck(listen, ready, duck_planes(), credentials).serve(node)
     except asyncio.CancelledError:
         if not stopped:  # Ctrl-C: the runner makes a KeyboardInterrupt of it
             raise
-
-
-def _planes() -> list[DuckPlane]:
-    """The data planes that this machine can serve; a host chooses."""
-    tcp = TcpDuckPlane()
-    planes: list[DuckPlane] = [tcp]
-    if is_available():
-        planes.append(ShmDuckPlane())
-    if sys.platform == "linux":
-        from duck.transports.multicast import MulticastDuckPlane
-
-        planes.append(MulticastDuckPlane(tcp))
-    return planes
 
 
 def _credentials(key: ClusterKey | None) -> Credentials | None:

@@ -22,12 +22,13 @@ from duck.config import Network
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
-from duck.transports.control import FlockTransport
+from duck.transports.control import FlockTransport, Plane
+from duck.transports.faulty import Faults, FaultyPlane, disturb
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
 from duck.transports.multicast import MulticastDuckPlane, MulticastTransport
-from duck.transports.shm import ShmDuckPlane, ShmTransport
-from duck.transports.tcp import TcpDuckPlane, TcpTransport
+from duck.transports.shm import ShmDuckPlane, ShmPlane, ShmTransport
+from duck.transports.tcp import TcpDuckPlane, TcpPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
 
 WAIT_S = 20.0  # what a test waits for comes at once, or never
@@ -145,15 +146,55 @@ def _multicast(addresses: Sequence[str], credentials: Credentials | None) -> Flo
     return MulticastTransport(addresses, credentials=credentials, network=Network(mtu=1500))
 
 
+class _Faulty(FlockTransport):
+    """Over a plane that delays, reorders and repeats, which nobody may notice."""
+
+    plane_class: type[Plane]
+
+    def __init__(self, addresses: Sequence[str], **more: Any) -> None:
+        plane = FaultyPlane(self.plane_class(), asks=_harmless(1), answers=_harmless(2))
+        super().__init__(addresses, plane, **more)
+
+
+def _harmless(seed: int) -> Faults[Any]:
+    return Faults(seed, duplicate=0.0 if seed == 1 else 0.2, reorder=0.2, delay_s=0.002)
+
+
+class FaultyTcp(_Faulty):
+    plane_class = TcpPlane
+
+
+class FaultyShm(_Faulty):
+    plane_class = ShmPlane
+
+
+@contextlib.asynccontextmanager
+async def faulty_loopback(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
+    """Ducks inside the transport, their answers noted late, twice and in another order."""
+    transport = LoopbackTransport(ducks)
+    end: Callable[[], None] | None = None
+    try:
+        await transport.start(plan)
+        end = disturb(transport.asks, _harmless(3))
+        yield transport
+    finally:
+        if end:
+            end()
+        await transport.close()
+
+
 # Every transport that keeps the contract; each is tested by the same suite.
 MAKERS = {
     "loopback": loopback,
+    "loopback, faulty": faulty_loopback,
     "shm": partial(_behind_ports, ShmTransport),
     "shm with a key": partial(_behind_ports, ShmTransport, key=KEY),
+    "shm, faulty": partial(_behind_ports, FaultyShm),
     "tcp": partial(_behind_ports, TcpTransport),
     "tcp with a key": partial(_behind_ports, TcpTransport, key=KEY),
     "multicast": partial(_behind_ports, _multicast),
     "multicast with a key": partial(_behind_ports, _multicast, key=KEY),
+    "tcp, faulty": partial(_behind_ports, FaultyTcp),
 }
 
 

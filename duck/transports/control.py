@@ -188,6 +188,10 @@ class FlockTransport:
         if link.closed.done():  # before we looked
             self.asks.lose(duck, link.closed.result())
 
+    def drop(self, duck: int, reason: str) -> None:
+        """End a duck's connection, as if it had gone."""
+        self._control[duck].abort(reason)
+
     async def connect(self, duck: int, *, control: bool = False) -> Link:
         """One more connection to a duck's port, in control mode.
 

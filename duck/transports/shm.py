@@ -106,14 +106,14 @@ def _lines(nbytes: int) -> int:
     return -(-nbytes // _LINE) * _LINE
 
 
-class _Memory:
+class Memory:
     """The mapped file; goes when nobody refers to it any more."""
 
     def __init__(self, file: int, layout: Layout) -> None:
         self.layout = layout
-        self._bytes = np.frombuffer(mmap.mmap(file, layout.nbytes), np.uint8)
-        self.words = self._bytes.view(np.uint32)
-        self.address: int = self._bytes.ctypes.data
+        self.raw = np.frombuffer(mmap.mmap(file, layout.nbytes), np.uint8)
+        self.words = self.raw.view(np.uint32)
+        self.address: int = self.raw.ctypes.data
 
     def word(self, offset: int) -> int:
         return int(self.words[offset // 4])
@@ -127,7 +127,7 @@ class _Memory:
         self.add(slot.ticket, ticket - self.word(slot.ticket))
 
     def header(self, offset: int) -> bytes:
-        return self._bytes[offset : offset + wire.HEADER_BYTES].tobytes()
+        return self.raw[offset : offset + wire.HEADER_BYTES].tobytes()
 
     def put(self, offset: int, header: bytes, first: bytes, second: np.ndarray | None) -> None:
         """Put a message: a header without its checksum, and a body in one or two parts."""
@@ -166,8 +166,8 @@ class ShmPlane:
 
     def __init__(self) -> None:
         self._opened = contextlib.ExitStack()
-        self._memory: _Memory | None = None
-        self._late = self._wakeups = 0
+        self._memory: Memory | None = None
+        self._late = self._wakeups = self._signals = 0
 
     def start(self, flock: FlockTransport) -> None:
         """Make the memory.
@@ -183,7 +183,7 @@ class ShmPlane:
         layout = Layout(flock.plan)
         self._file = _memory_file(layout.nbytes)
         self._opened.callback(os.close, self._file)
-        self._memory = _Memory(self._file, layout)
+        self._memory = Memory(self._file, layout)
         self._to_ducks, self._to_host = self._eventfd(), self._eventfd()
         self._loop.add_reader(self._to_host, self._woken)
         self._opened.callback(self._loop.remove_reader, self._to_host)
@@ -254,6 +254,7 @@ class ShmPlane:
     def _signal(self) -> None:
         with contextlib.suppress(BlockingIOError):  # 2^64 times and nobody looked
             os.eventfd_write(self._to_ducks, 1)
+        self._signals += 1
 
     # answers
 
@@ -274,7 +275,7 @@ class ShmPlane:
             if ask is not None:
                 self._take(memory, number, ask)
 
-    def _take(self, memory: _Memory, number: int, ask: Ask) -> None:
+    def _take(self, memory: Memory, number: int, ask: Ask) -> None:
         """Take the answers that have come since the last time."""
         asks = self._flock.asks
         slot, states, rows = memory.layout.slots[number], self._states[number], ask.rows
@@ -298,7 +299,7 @@ class ShmPlane:
             self._asks[number] = None
 
     @staticmethod
-    def _what_is_wrong(memory: _Memory, slot: Slot, duck: int, state: int) -> str:
+    def _what_is_wrong(memory: Memory, slot: Slot, duck: int, state: int) -> str:
         """Why an answer is none: the duck's own words, or what we found."""
         if state == library.MESSAGE_BAD:
             return "an answer failed its checksum"
@@ -326,7 +327,8 @@ class ShmPlane:
         if self._memory:
             ducks = range(self._memory.layout.ducks)
             self._late = sum(self._memory.word(duck * _LINE) for duck in ducks)
-        return {"late_answers": self._late, "wakeups": self._wakeups}
+        calls = self._signals + self._wakeups
+        return {"late_answers": self._late, "wakeups": self._wakeups, "calls": calls}
 
     def close(self) -> None:
         self._opened.close()
@@ -407,7 +409,7 @@ class ShmFeed:
         self._opened = contextlib.ExitStack()
         # Between the worker's thread, which writes answers, and `close`.
         self._lock = threading.Lock()
-        self._memory: _Memory | None = None
+        self._memory: Memory | None = None
 
     # taking the memory
 
@@ -475,7 +477,7 @@ class ShmFeed:
         for descriptor in (asks, answers):
             if os.readlink(f"/proc/self/fd/{descriptor}") != "anon_inode:[eventfd]":
                 raise WireError("a descriptor that is no eventfd")
-        memory = _Memory(file, self._layout)
+        memory = Memory(file, self._layout)
         # Every write to the eventfd wakes every duck, because all wait for its edges and nobody
         # reads its value: one call of the host, however many ducks there are.
         edges = select.epoll()
@@ -518,7 +520,7 @@ class ShmFeed:
         for ticket, slot in sorted(fresh, key=lambda pair: pair[0]):
             self._read(memory, ticket, slot)
 
-    def _read(self, memory: _Memory, ticket: int, slot: Slot) -> None:
+    def _read(self, memory: Memory, ticket: int, slot: Slot) -> None:
         """Copy an ask and queue it, unless the slot is given to another ask meanwhile.
 
         Raises:

@@ -45,6 +45,7 @@ class TcpPlane:
     def start(self, flock: FlockTransport) -> None:
         self._flock = flock
         self._links: dict[int, Link] = {}
+        self._sends = 0
         self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
 
     def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
@@ -81,11 +82,11 @@ class TcpPlane:
             return sealed_frames(self._sealer, kind, session, ticket, layer, wire.HOST, body)
         return b"".join(data_frames(kind, session, ticket, layer, wire.HOST, body))
 
-    @staticmethod
-    def _write(data: bytes | bytearray, links: Iterable[Link]) -> None:
+    def _write(self, data: bytes | bytearray, links: Iterable[Link]) -> None:
         for link in links:
             if not link.transport.is_closing():
                 link.transport.write(data)
+                self._sends += 1
 
     def tick(self) -> None:
         """Nothing is due: TCP sends again by itself."""
@@ -97,6 +98,7 @@ class TcpPlane:
         links = self._links.values()
         return {
             "late_answers": sum(link.dropped for link in links),
+            "calls": self._sends + sum(link.heard for link in links),  # that sent or received
             "refused": sum(link.error is not None for link in links),  # ducks, for what they sent
         }
 

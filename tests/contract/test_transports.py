@@ -405,7 +405,7 @@ async def test_a_duck_that_dies(flock: FakeFlock) -> None:
 
 
 async def test_ducks_of_another_version(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind == "loopback":
+    if kind.startswith("loopback"):
         pytest.skip("a duck inside the host has its version")
     monkeypatch.setattr(listen, "PROTOCOL", (90, 99))
     with pytest.raises(WireError, match=r"duck \d .*speaks protocol .*install the same version"):

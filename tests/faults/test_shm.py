@@ -121,7 +121,7 @@ class ShmHost:
         self.file = self._close_later(shm._memory_file(self.layout.nbytes))
         self.asks = self._close_later(os.eventfd(0, os.EFD_NONBLOCK))
         self.answers = self._close_later(os.eventfd(0, os.EFD_NONBLOCK))
-        self.memory = shm._Memory(self.file, self.layout)
+        self.memory = shm.Memory(self.file, self.layout)
 
     def _close_later(self, descriptor: int) -> int:
         self._stack.callback(os.close, descriptor)
@@ -266,7 +266,7 @@ async def test_a_host_that_never_comes_for_its_socket(
 
 def _one_bit(host: ShmHost, slot: Slot) -> None:
     host.put(slot, 1)
-    host.memory._bytes[slot.ask + 40] ^= 1
+    host.memory.raw[slot.ask + 40] ^= 1
 
 
 BAD_ASKS: dict[str, tuple[Callable[[ShmHost, Slot], None], str]] = {
@@ -374,7 +374,7 @@ class ShmDuck:
             for descriptor in descriptors:
                 self._stack.callback(os.close, descriptor)
             link.send(b"OK")
-        self.memory = shm._Memory(descriptors[0], self.layout)
+        self.memory = shm.Memory(descriptors[0], self.layout)
         self.file, _, self.to_host = descriptors
 
     def asked(self, ask: Ask) -> wire.Header:
@@ -429,7 +429,7 @@ async def test_an_answer_that_is_changed_once_it_was_looked_at(hand: Hand) -> No
     duck.answer(ask, 3)
     duck.signal()
     rows = await ask
-    duck.memory._bytes[duck.layout.slots[rows.number].answers :] = 0xFF
+    duck.memory.raw[duck.layout.slots[rows.number].answers :] = 0xFF
     np.testing.assert_array_equal(rows.partials(1)[0], np.full((1, 8), 3))
     ask.release()
 
@@ -466,7 +466,7 @@ async def test_counts_that_are_spoilt(hand: Hand, count: int) -> None:
 
 def _spoil(duck: ShmDuck, ask: Ask, at: int) -> None:
     duck.answer(ask, 3)
-    duck.memory._bytes[duck.layout.slots[ask.rows.number].answers + at] ^= 1
+    duck.memory.raw[duck.layout.slots[ask.rows.number].answers + at] ^= 1
 
 
 def _says_why(duck: ShmDuck, ask: Ask) -> None:
