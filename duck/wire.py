@@ -122,7 +122,7 @@ def pack_header(
     layer: int,
     source: int,
     *,
-    payload: bytes | memoryview,
+    payload: bytes | bytearray | memoryview,
     more: bytes | memoryview = b"",
     fragment: int = 0,
     fragments: int = 1,
@@ -250,7 +250,7 @@ def datagrams(
     ticket: int,
     layer: int,
     source: int,
-    message: bytes | memoryview,
+    message: bytes | bytearray | memoryview,
     payload_bytes: int,
 ) -> bytes:
     """A message as one train of datagrams, each `HEADER_BYTES + payload_bytes` long but the last.

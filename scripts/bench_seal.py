@@ -1,9 +1,9 @@
-"""What the cluster key costs the host: `python scripts/bench_seal.py [--ducks 32] [--json]`.
+"""What the cluster key costs the host: `python scripts/bench_seal.py [--transport multicast]`.
 
-First the arithmetic alone, for one answer of each duck at DeepSeek-V3's width (7,168 bfloat16):
-checking the checksum of a plain one, sealing and opening one. Then whole rounds over TCP on this
-machine, plain and sealed in turn, with ducks that answer at once: the host's CPU time a round
-without the sum, the median over rounds, and of the paired ratios of the two ways.
+First the arithmetic alone, for one answer of one duck at DeepSeek-V3's width (7,168 bfloat16):
+checking the checksum of a plain one, sealing and opening one. Then whole rounds on this machine,
+plain and sealed in turn, with ducks that answer at once: the host's CPU time a round without the
+sum, the median over rounds, and of the paired ratios of the two ways.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.seal import Opener, Sealer, SessionKeys
 from duck.transports.base import Loading
-from duck.transports.listen import ListeningDuck
+from duck.transports.control import FlockTransport
+from duck.transports.listen import DuckPlane, ListeningDuck
+from duck.transports.multicast import MulticastDuckPlane, MulticastTransport
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
 
@@ -56,7 +58,9 @@ def serve(count: int, told: Connection) -> None:
         for way in WAYS:
             for _ in range(count):
                 own = credentials if way == "sealed" else None
-                end = ListeningDuck("127.0.0.1:0", addresses.put_nowait, [TcpDuckPlane()], own)
+                tcp = TcpDuckPlane()
+                planes: list[DuckPlane] = [tcp, MulticastDuckPlane(tcp)]
+                end = ListeningDuck("127.0.0.1:0", addresses.put_nowait, planes, own)
                 tasks.append(asyncio.create_task(end.serve(AtOnce())))
                 found.append(await addresses.get())
         told.send({"plain": found[:count], "sealed": found[count:]})
@@ -67,7 +71,7 @@ def serve(count: int, told: Connection) -> None:
     uvloop.run(run())
 
 
-async def rounds(transport: TcpTransport, count: int, rows: int) -> list[float]:
+async def rounds(transport: FlockTransport, count: int, rows: int) -> list[float]:
     """Host CPU of so many rounds, in microseconds each."""
     x = np.ones((rows, HIDDEN), np.uint16)
     ids = np.tile(np.arange(TOP_K, dtype=np.int32), (rows, 1))
@@ -89,9 +93,10 @@ async def whole_rounds(addresses: dict[str, list[str]], arguments: Any) -> dict[
     ducks = len(addresses["plain"])
     shape = wire.Shape(HIDDEN, TOP_K, "bfloat16", "bfloat16", max(4, arguments.rows))
     plan = Plan("bench", (3,), 256, 64 * ducks, equal_slices(64 * ducks, ducks), shape)
-    transports = {
-        "plain": TcpTransport(addresses["plain"]),
-        "sealed": TcpTransport(addresses["sealed"], credentials=Credentials(KEY, Role.HOST)),
+    make = {"tcp": TcpTransport, "multicast": MulticastTransport}[arguments.transport]
+    transports: dict[str, FlockTransport] = {
+        "plain": make(addresses["plain"]),
+        "sealed": make(addresses["sealed"], credentials=Credentials(KEY, Role.HOST)),
     }
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for transport in transports.values():
@@ -142,6 +147,7 @@ def arithmetic(rows: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--transport", choices=("tcp", "multicast"), default="tcp")
     parser.add_argument("--ducks", type=int, default=32)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=100, help="in each repeat")
@@ -162,7 +168,9 @@ def main() -> None:
     told = [pipe.recv() for pipe in pipes]
     addresses = {way: [address for part in told for address in part[way]] for way in WAYS}
 
-    result: dict[str, Any] = {"ducks": arguments.ducks, "rows": arguments.rows}
+    result: dict[str, Any] = {
+        name: getattr(arguments, name) for name in ("transport", "ducks", "rows")
+    }
     result["one_answer"] = arithmetic(arguments.rows)
     found = uvloop.run(whole_rounds(addresses, arguments))
     for pipe in pipes:
@@ -177,7 +185,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result))
         return
-    print(f"{arguments.ducks} ducks, {arguments.rows} rows; load average {os.getloadavg()[0]:.1f}")
+    print(
+        f"{arguments.transport}, {arguments.ducks} ducks, {arguments.rows} rows; "
+        f"load average {os.getloadavg()[0]:.1f}"
+    )
     for name, value in result["one_answer"].items():
         print(f"  one answer, {name.removesuffix('_us'):9} {value:8.2f} us")
     for way, value in result["host_cpu_us"].items():

@@ -106,9 +106,9 @@ async def listening(
 ) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    credentials = Credentials(key, Role.DUCK) if key else None
     tcp = TcpDuckPlane()
     planes = [tcp, ShmDuckPlane(), MulticastDuckPlane(tcp)]
+    credentials = Credentials(key, Role.DUCK) if key else None
     end = ListeningDuck(listen, ready.set_result, planes, credentials)
     serving = asyncio.create_task(end.serve(handler))
     if isinstance(handler, FakeDuck):
@@ -139,11 +139,6 @@ async def _behind_ports(
         stack.push_async_callback(transport.close)
         await transport.start(plan)
         yield transport
-
-
-def _multicast(addresses: Sequence[str], credentials: Credentials | None) -> FlockTransport:
-    """On the loopback interface with the packets of an Ethernet, so that messages are cut."""
-    return MulticastTransport(addresses, credentials=credentials, network=Network(mtu=1500))
 
 
 class _Faulty(FlockTransport):
@@ -183,6 +178,13 @@ async def faulty_loopback(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterato
         await transport.close()
 
 
+class Multicast(MulticastTransport):
+    """On the loopback interface with the packets of an Ethernet, so that messages are cut."""
+
+    def __init__(self, addresses: Sequence[str], **more: Any) -> None:
+        super().__init__(addresses, network=Network(mtu=1500), **more)
+
+
 # Every transport that keeps the contract; each is tested by the same suite.
 MAKERS = {
     "loopback": loopback,
@@ -192,9 +194,9 @@ MAKERS = {
     "shm, faulty": partial(_behind_ports, FaultyShm),
     "tcp": partial(_behind_ports, TcpTransport),
     "tcp with a key": partial(_behind_ports, TcpTransport, key=KEY),
-    "multicast": partial(_behind_ports, _multicast),
-    "multicast with a key": partial(_behind_ports, _multicast, key=KEY),
     "tcp, faulty": partial(_behind_ports, FaultyTcp),
+    "multicast": partial(_behind_ports, Multicast),
+    "multicast with a key": partial(_behind_ports, Multicast, key=KEY),
 }
 
 

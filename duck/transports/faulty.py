@@ -229,8 +229,8 @@ class FaultyPlane:
         self._ends = [self._pump.end, disturb(flock.asks, self._answers)]
         self._plane.start(flock)
 
-    def offer(self, duck: int) -> Mapping[str, Any]:
-        return self._plane.offer(duck)
+    def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
+        return self._plane.offer(duck, link)
 
     async def connect(self, duck: int, welcome: Welcome) -> None:
         await self._plane.connect(duck, welcome)

@@ -13,6 +13,9 @@ that does not wait for TCP to send again.
 
 Datagrams from anybody but the agreed addresses, of other sessions, or that make no sense are
 dropped and counted. No sum contains a row whose message failed its check.
+
+With a cluster key every message is sealed as a whole (sealed.py) before it is cut, and opened when
+all of it is there: a forged datagram can spoil a message, which then comes again, and no more.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from duck import wire
 from duck.config import Network, group_address
 from duck.errors import ConfigError, DuckError, TransportError, WireError
 from duck.reliable import EVERYONE, Cut, DuckHalf, HostHalf, Lost, Run, Send
+from duck.seal import Opener, Sealer, overhead
 from duck.transports.base import SMALL_ROWS, Ask
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.datagrams import (
@@ -46,6 +50,7 @@ from duck.transports.datagrams import (
 )
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
+from duck.transports.sealed import open_message, sealed_message
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
 
 if TYPE_CHECKING:
@@ -59,6 +64,8 @@ _ETHERNET_MTU = 1500
 # refused: switches take a moment to learn who has joined a group.
 _TRY_S, _LAST_TRY_S = 0.5, 4.0
 _PING_S = 0.02  # between the first two PINGs; then twice as long, and so on
+# What a host says in a single datagram.
+_FROM_HOST = frozenset({wire.Kind.PING, wire.Kind.NACK, wire.Kind.CANCEL})
 # Room in the receive buffer: so many times the most that one ask makes arrive at once.
 _ROOM = 4
 
@@ -124,10 +131,6 @@ class MulticastPlane:
         self._closed = False
 
     def start(self, flock: FlockTransport) -> None:
-        if flock.keys:
-            raise ConfigError(
-                "--transport multicast has no seal for its datagrams yet; with a key use tcp"
-            )
         self._flock = flock
         self._tcp.start(flock)
         self._loop = asyncio.get_running_loop()
@@ -139,6 +142,14 @@ class MulticastPlane:
         self._addresses: dict[int, Address] = {}
         self._nic_of: dict[int, Nic] = {}
         self._trains: dict[int, tuple[bytes, int]] = {}  # ticket -> its datagrams, its layer
+        # With a key: what seals all that is for every duck, and NACKs for one; what opens answers.
+        self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
+        self._sealers: dict[int, Sealer] = {}
+        self._openers: dict[int, Opener] = {}
+        self._tag_bytes = overhead(wire.Kind.ANSWER) if flock.keys else 0
+        # Sealed answers are put together here: for each open ask a place for each duck's.
+        self._arriving: dict[int, memoryview] = {}
+        self._spare: list[memoryview] = []
         self._heard = [0] * plan.ducks
         self._agreed: asyncio.Future[None] = self._loop.create_future()
         self._pinged: dict[int, float] = {}  # numbers of the last PINGs, and when they were sent
@@ -146,6 +157,7 @@ class MulticastPlane:
         self._ponged = asyncio.Event()
         self._next_ping = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = 0.0  # when it does; uvloop's handles do not always know
         self.strangers = 0  # datagrams from unknown addresses
         self.malformed = 0  # datagrams that make no sense
 
@@ -200,6 +212,9 @@ class MulticastPlane:
         address = (there, port)
         if address in self._ducks:
             raise WireError(f"{self._flock.labels[duck]} has the UDP port of another duck")
+        if keys := self._flock.keys:
+            self._sealers[duck] = Sealer(keys.to_duck(self.name, duck, welcome.nonce))
+            self._openers[duck] = Opener(keys.to_host(self.name, duck, welcome.nonce))
         self._ducks[address] = duck
         self._addresses[duck] = address
         if len(self._ducks) == self._flock.plan.ducks:
@@ -257,22 +272,34 @@ class MulticastPlane:
         return silent
 
     def _ping(self, nic: Nic, duck: int, use: int, size: int) -> int:
-        """PING one duck or all (`wire.HOST`) behind an interface; the PING's number."""
+        """PING one duck or all (`wire.HOST`) behind an interface; the PING's number.
+
+        size: of the datagram's payload.
+        """
         self._next_ping = number = (self._next_ping + 1) & 0xFFFFFFFF
         self._pinged[number] = self._loop.time()
         if len(self._pinged) > 1024:
             del self._pinged[next(iter(self._pinged))]
-        self._note(nic, nic.group, wire.Kind.PING, number, 0, wire.pack_ping(duck, use, size))
+        if self._sealer:
+            size -= overhead(wire.Kind.PING)
+        ping = wire.pack_ping(duck, use, size)
+        self._note(nic, nic.group, wire.Kind.PING, number, 0, ping, self._sealer)
         return number
 
     def _note(
-        self, nic: Nic, to: Address, kind: wire.Kind, ticket: int, layer: int, payload: bytes
+        self,
+        nic: Nic,
+        to: Address,
+        kind: wire.Kind,
+        ticket: int,
+        layer: int,
+        payload: bytes,
+        sealer: Sealer | None,
     ) -> None:
         """One small message in one datagram."""
-        head = wire.pack_header(
-            kind, self._flock.session, ticket, layer, wire.HOST, payload=payload
-        )
-        nic.socket.send(head + payload, len(head) + len(payload), to)
+        session = self._flock.session
+        data = note(sealer, kind, session, ticket, layer, wire.HOST, payload)
+        nic.socket.send(data, len(data), to)
 
     # asks
 
@@ -280,17 +307,22 @@ class MulticastPlane:
         if ask.count > self._small:
             self._tcp.send(ask, body)
             return
-        cut = self._cut
+        cut, session, kind = self._cut, self._flock.session, wire.Kind.ASK
+        message = sealed(self._sealer, kind, session, ask.ticket, ask.layer, wire.HOST, body)
         train = wire.datagrams(
-            wire.Kind.ASK, self._flock.session, ask.ticket, ask.layer, wire.HOST, body,
-            cut.payload_bytes,
-        )  # fmt: skip
+            kind, session, ask.ticket, ask.layer, wire.HOST, message, cut.payload_bytes
+        )
         self._trains[ask.ticket] = (train, ask.layer)
         for nic in self._nics.values():
             nic.socket.send(train, cut.datagram_bytes, nic.group)
-        answer = wire.STAMP_BYTES + self._flock.plan.shape.answer_bytes(ask.count)
-        self._half.open(ask.ticket, ask.layer, len(body), answer, self._loop.time())
+        answer = self._answer_bytes(ask.count)
+        self._half.open(ask.ticket, ask.layer, len(message), answer, self._loop.time())
         self._arm()
+
+    def _answer_bytes(self, rows: int) -> int:
+        """Of one duck's answer, as it travels."""
+        shape = self._flock.plan.shape
+        return wire.STAMP_BYTES + shape.answer_bytes(rows) + self._tag_bytes
 
     def cancel(self, ask: Ask) -> None:
         if ask.count > self._small:
@@ -298,11 +330,13 @@ class MulticastPlane:
             return
         self._close_ask(ask.ticket)
         for nic in self._nics.values():
-            self._note(nic, nic.group, wire.Kind.CANCEL, ask.ticket, ask.layer, b"")
+            self._note(nic, nic.group, wire.Kind.CANCEL, ask.ticket, ask.layer, b"", self._sealer)
 
     def _close_ask(self, ticket: int) -> None:
         self._half.close(ticket)
         self._trains.pop(ticket, None)
+        if (memory := self._arriving.pop(ticket, None)) is not None:
+            self._spare.append(memory)
 
     # receiving
 
@@ -325,11 +359,11 @@ class MulticastPlane:
             head = run.header
             if head.session != self._flock.session or head.source != duck:
                 raise WireError(f"a datagram of session {head.session:#x}, duck {head.source}")
-            self._heard[duck] += 1
             if head.kind == wire.Kind.ANSWER:
                 self._answer(duck, run, data, size, now)
                 continue
-            payload = note_payload(head, data)
+            payload = note_payload(head, data, self._openers.get(duck))
+            self._heard[duck] += 1
             if head.kind == wire.Kind.RNACK:
                 self._half.rnack(duck, head, payload, now)
             elif head.kind == wire.Kind.PONG:
@@ -351,15 +385,27 @@ class MulticastPlane:
             self._close_ask(head.ticket)
             return
         row = ask.rows.landing[duck]
-        lay(data, size, row, run)
+        place = row if self._sealer is None else self._place(ask, duck)
+        lay(data, size, place, run)
         if not self._half.whole(duck, head.ticket):
             return
-        if not wire.check_message(head, row[: head.message_bytes]):
+        if not verified(self._openers.get(duck), head, place[: head.message_bytes], row):
             self._half.failed(duck, head.ticket, now)
             return
+        self._heard[duck] += 1
         self._flock.asks.arrived_whole(ask, duck)
         if ask.ticket not in self._flock.asks.open_asks:
             self._close_ask(ask.ticket)
+
+    def _place(self, ask: Ask, duck: int) -> memoryview:
+        """Where a duck's sealed answer to a small ask is put together."""
+        largest = self._answer_bytes(self._small)
+        memory = self._arriving.get(ask.ticket)
+        if memory is None:
+            ducks = self._flock.plan.ducks
+            memory = self._spare.pop() if self._spare else memoryview(bytearray(ducks * largest))
+            self._arriving[ask.ticket] = memory
+        return memory[duck * largest : (duck + 1) * largest]
 
     def _do(self, sends: Sequence[Send | Lost]) -> None:
         for send in sends:
@@ -388,10 +434,12 @@ class MulticastPlane:
                 ask = self._flock.asks.open_asks.get(send.ticket)
                 if ask is None:
                     continue
-                answer = wire.STAMP_BYTES + self._flock.plan.shape.answer_bytes(ask.count)
-                payload = wire.pack_missing(send.fragments or 0, self._cut.fragments(answer))
-                to = self._addresses[send.duck]
-                self._note(self._nic_of[send.duck], to, send.kind, send.ticket, layer, payload)
+                fragments = self._cut.fragments(self._answer_bytes(ask.count))
+                payload = wire.pack_missing(send.fragments or 0, fragments)
+                self._note(
+                    self._nic_of[send.duck], self._addresses[send.duck], send.kind, send.ticket,
+                    layer, payload, self._sealers.get(send.duck),
+                )  # fmt: skip
 
     # time
 
@@ -401,11 +449,12 @@ class MulticastPlane:
         if self._closed or wake_at == math.inf:
             return
         if self._timer is not None:
-            if self._timer.when() <= wake_at:
+            if self._wakes_at <= wake_at:
                 return
             self._timer.cancel()
         # Event loops count in milliseconds: a shorter wait would turn without pause.
-        self._timer = self._loop.call_at(max(wake_at, self._loop.time() + 1e-3), self._wake)
+        self._wakes_at = max(wake_at, self._loop.time() + 1e-3)
+        self._timer = self._loop.call_at(self._wakes_at, self._wake)
 
     def _wake(self) -> None:
         self._timer = None
@@ -533,6 +582,20 @@ class MulticastFeed:
         self._cut = Cut.for_mtu(_ETHERNET_MTU)
         self._kept: dict[int, tuple[bytes, int]] = {}  # ticket -> the answer's datagrams, its layer
         self._sockets: list[UdpSocket] = []
+        # Answers are sealed in the worker's thread, notes in the loop's: kinds of their own.
+        self._sealer: Sealer | None = None
+        self._openers: dict[wire.Kind, Opener] = {}
+        if keys := session.keys:
+            name, duck = MulticastDuckPlane.name, session.duck
+            self._sealer = Sealer(keys.to_host(name, duck, session.nonce))
+            to_all, to_us = (
+                Opener(keys.to_all(name)),
+                Opener(keys.to_duck(name, duck, session.nonce)),
+            )
+            kinds = wire.Kind
+            self._openers = {
+                kinds.ASK: to_all, kinds.CANCEL: to_all, kinds.PING: to_all, kinds.NACK: to_us,
+            }  # fmt: skip
 
     def welcome(self) -> Mapping[str, Any]:
         """Join the group.
@@ -595,7 +658,9 @@ class MulticastFeed:
                 if self._half:
                     self._ask(self._half, run, data, size, now)
                 continue
-            payload = note_payload(head, data)
+            if head.kind not in _FROM_HOST:
+                raise WireError(f"a host sent {head.kind.name}")
+            payload = note_payload(head, data, self._openers.get(head.kind))
             if head.kind == wire.Kind.PING:
                 self._ping(head, payload)
             elif self._half is None:
@@ -604,11 +669,9 @@ class MulticastFeed:
                 send = self._half.nack(head, payload, now)
                 if send:
                     self._do(head.layer, send)
-            elif head.kind == wire.Kind.CANCEL:
+            else:
                 self._half.cancel(head.ticket)
                 self._session.cancel(head.ticket)
-            else:
-                raise WireError(f"a host sent {head.kind.name}")
 
     def _ask(self, half: DuckHalf, run: Run, data: memoryview, size: int, now: float) -> None:
         head = run.header
@@ -619,13 +682,17 @@ class MulticastFeed:
         message = half.take(head.ticket)
         if message is None:
             return
-        if not wire.check_message(head, message):
+        body = message
+        opener = self._openers.get(head.kind)
+        if opener:
+            body = memoryview(bytearray(len(message) - overhead(head.kind)))
+        if not verified(opener, head, message, body):
             half.failed(head)
             return
-        self._session.check(head.layer, len(message))
+        self._session.check(head.layer, len(body))
         half.took(head)
         try:
-            self._session.ask(head.ticket, head.layer, message)
+            self._session.ask(head.ticket, head.layer, body)
         except WireError:
             half.cancel(head.ticket)
             raise
@@ -636,7 +703,8 @@ class MulticastFeed:
             return
         if use and self._half is None:
             plan = self._session.plan
-            sizes = {plan.shape.ask_bytes(rows) for rows in range(1, self._small + 1)}
+            more = overhead(wire.Kind.ASK) if self._sealer else 0
+            sizes = {plan.shape.ask_bytes(rows) + more for rows in range(1, self._small + 1)}
             self._cut = Cut.agreed(use)
             self._half = DuckHalf(self._cut, sizes, frozenset(plan.layers))
         elif use and use != self._cut.payload_bytes:
@@ -652,11 +720,14 @@ class MulticastFeed:
         if isinstance(answer, DuckError) or len(answer) > self._small:
             self._tcp.answer(ticket, layer, answer, stamps)
             return
-        message = stamps + answer.tobytes()
-        train = wire.datagrams(
-            wire.Kind.ANSWER, self._session.id, ticket, layer, self._session.duck, message,
-            self._cut.payload_bytes,
-        )  # fmt: skip
+        kind, session, duck = wire.Kind.ANSWER, self._session.id, self._session.duck
+        body = stamps + answer.tobytes()
+        try:
+            message = sealed(self._sealer, kind, session, ticket, layer, duck, body)
+        except TransportError as error:  # answered twice: no bug may end the thread, or be sealed
+            self._loop.call_soon_threadsafe(self._session.refuse, str(error))
+            return
+        train = wire.datagrams(kind, session, ticket, layer, duck, message, self._cut.payload_bytes)
         with contextlib.suppress(RuntimeError):  # the loop ended while we computed
             self._loop.call_soon_threadsafe(self._answered, ticket, layer, train, len(message))
 
@@ -684,8 +755,8 @@ class MulticastFeed:
     def _note(self, kind: wire.Kind, ticket: int, layer: int, payload: bytes) -> None:
         """One small message in one datagram."""
         session = self._session
-        head = wire.pack_header(kind, session.id, ticket, layer, session.duck, payload=payload)
-        self._sockets[0].send(head + payload, len(head) + len(payload), self._where.host)
+        data = note(self._sealer, kind, session.id, ticket, layer, session.duck, payload)
+        self._sockets[0].send(data, len(data), self._where.host)
 
 
 # --- both ends
@@ -771,15 +842,64 @@ def parts(train: bytes, size: int, fragments: int) -> Iterator[memoryview]:
         start += count
 
 
-def note_payload(header: wire.Header, data: memoryview) -> bytes:
+def sealed(
+    sealer: Sealer | None,
+    kind: wire.Kind,
+    session: int,
+    ticket: int,
+    layer: int,
+    source: int,
+    body: bytes,
+) -> bytes | bytearray:
+    """A message as it travels: sealed if there is a key.
+
+    Raises:
+        TransportError: its ticket was sealed before.
+    """
+    if sealer is None:
+        return body
+    return sealed_message(sealer, kind, session, ticket, layer, source, body)
+
+
+def verified(
+    opener: Opener | None, header: wire.Header, message: memoryview, out: memoryview
+) -> bool:
+    """Whether a message is the one that was sent; if it was sealed, its body is in `out` then."""
+    if opener is None:
+        return wire.check_message(header, message)
+    try:
+        open_message(opener, header, message, out)
+    except WireError:
+        return False
+    return True
+
+
+def note(
+    sealer: Sealer | None,
+    kind: wire.Kind,
+    session: int,
+    ticket: int,
+    layer: int,
+    source: int,
+    payload: bytes,
+) -> bytes:
+    """A message in a single datagram."""
+    message = sealed(sealer, kind, session, ticket, layer, source, payload)
+    return wire.pack_header(kind, session, ticket, layer, source, payload=message) + message
+
+
+def note_payload(header: wire.Header, data: memoryview, opener: Opener | None) -> bytes:
     """What a message in a single datagram holds.
 
     Raises:
-        WireError: it is more than one, or failed its checksum.
+        WireError: it is more than one, failed its checksum, or is not authentic.
     """
     payload = bytes(data[wire.HEADER_BYTES :])
     if header.fragments != 1 or header.message_bytes != len(payload) or header.offset:
         raise WireError(f"{header.kind.name} in {header.fragments} fragments")
     if not wire.check_crc(data[: wire.HEADER_BYTES], payload):
         raise WireError(f"{header.kind.name} failed its checksum")
-    return payload
+    if opener is None:
+        return payload
+    out = bytearray(len(payload))
+    return bytes(out[: open_message(opener, header, payload, out)])
