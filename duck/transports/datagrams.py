@@ -25,6 +25,7 @@ _SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
 _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE, _IP_MULTICAST_ALL = 10, 3, 49
 _SO_RCVBUFFORCE = 33
 _TRAIN_DATAGRAMS, _TRAIN_BYTES = 64, 65_507  # the kernel's limits for one train
+_TRUNCATED = int(socket.MSG_TRUNC)  # an enum is slow to calculate with
 # One wake-up takes in at most so many: whoever floods us does not stop the event loop.
 _DRAIN = 256
 # How the kernel says that it cannot cut this train here, and the datagrams may go one by one.
@@ -144,7 +145,7 @@ class UdpSocket:
                     size = int.from_bytes(value[:4], "little")
             self.calls += 1
             self.datagrams += -(-count // size) if size else 1
-            if count and not flags & socket.MSG_TRUNC:
+            if count and not flags & _TRUNCATED:
                 yield self._buffer[:count], size, sender
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ import functools
 import ipaddress
 import math
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
     from duck.transports.tls import Credentials
 
 _log = structlog.get_logger(__name__)
+
+# Event loops may have a clock that counts milliseconds (uvloop): too coarse for the times of a LAN.
+_clock = time.perf_counter
 
 # Every network carries these.
 _ETHERNET_MTU = 1500
@@ -251,18 +255,18 @@ class MulticastPlane:
     async def _reach(self, cut: Cut, use: int, patience_s: float) -> set[int]:
         """PING all ducks with datagrams of this size until each has answered; who has not."""
         silent = set(self._addresses)
-        give_up = self._loop.time() + patience_s
+        give_up = _clock() + patience_s
         wait_s = _PING_S
         numbers: set[int] = set()
-        while silent and (left := give_up - self._loop.time()) > 0:
+        while silent and (left := give_up - _clock()) > 0:
             for nic in self._nics.values():
                 behind = silent.intersection(nic.ducks)
                 # To all at first; then by name, so that nobody answers twice.
                 for duck in [wire.HOST] if len(behind) == len(nic.ducks) else behind:
                     numbers.add(self._ping(nic, duck, use, cut.payload_bytes))
-            next_try = self._loop.time() + min(wait_s, left)
+            next_try = _clock() + min(wait_s, left)
             wait_s *= 2
-            while silent and (left := next_try - self._loop.time()) > 0:
+            while silent and (left := next_try - _clock()) > 0:
                 self._ponged.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(left):
@@ -277,7 +281,7 @@ class MulticastPlane:
         size: of the datagram's payload.
         """
         self._next_ping = number = (self._next_ping + 1) & 0xFFFFFFFF
-        self._pinged[number] = self._loop.time()
+        self._pinged[number] = _clock()
         if len(self._pinged) > 1024:
             del self._pinged[next(iter(self._pinged))]
         if self._sealer:
@@ -316,7 +320,7 @@ class MulticastPlane:
         for nic in self._nics.values():
             nic.socket.send(train, cut.datagram_bytes, nic.group)
         answer = self._answer_bytes(ask.count)
-        self._half.open(ask.ticket, ask.layer, len(message), answer, self._loop.time())
+        self._half.open(ask.ticket, ask.layer, len(message), answer, _clock())
         self._arm()
 
     def _answer_bytes(self, rows: int) -> int:
@@ -341,7 +345,7 @@ class MulticastPlane:
     # receiving
 
     def _readable(self, nic: Nic) -> None:
-        now = self._loop.time()
+        now = _clock()
         for train, size, sender in nic.socket.drain():
             duck = self._ducks.get(sender)
             if duck is None:
@@ -453,8 +457,9 @@ class MulticastPlane:
                 return
             self._timer.cancel()
         # Event loops count in milliseconds: a shorter wait would turn without pause.
-        self._wakes_at = max(wake_at, self._loop.time() + 1e-3)
-        self._timer = self._loop.call_at(self._wakes_at, self._wake)
+        now = _clock()
+        self._wakes_at = max(wake_at, now + 1e-3)
+        self._timer = self._loop.call_later(self._wakes_at - now, self._wake)
 
     def _wake(self) -> None:
         self._timer = None
@@ -463,7 +468,7 @@ class MulticastPlane:
         for ticket in self._half.tickets:
             if ticket not in self._flock.asks.open_asks:  # it ended without all its answers
                 self._close_ask(ticket)
-        self._do(self._half.due(self._loop.time()))
+        self._do(self._half.due(_clock()))
         self._arm()
 
     def tick(self) -> None:
@@ -636,7 +641,7 @@ class MulticastFeed:
     # receiving
 
     def _readable(self, sock: UdpSocket) -> None:
-        now = self._loop.time()
+        now = _clock()
         for train, size, sender in sock.drain():
             if sender != self._where.host:
                 self.strangers += 1
