@@ -186,9 +186,20 @@ class VirtualAsk:
 
 
 class VirtualFlock:
-    """All ducks as one, answering in order, behind a wire with two directions."""
+    """All ducks as one, answering in order, behind a wire with two directions.
 
-    def __init__(self, times: Times, experts: Callable[[int, int], float] | None = None) -> None:
+    Args:
+        times: how long all takes.
+        experts: milliseconds the ducks take, of (layer, rows), instead.
+        late: seconds by which an answer is late, while others overtake it.
+    """
+
+    def __init__(
+        self,
+        times: Times,
+        experts: Callable[[int, int], float] | None = None,
+        late: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self.open: set[VirtualAsk] = set()
         self.busy: list[tuple[float, float]] = []
         self.plan: Any = SimpleNamespace(
@@ -196,6 +207,7 @@ class VirtualFlock:
         )
         self._times = times
         self._experts = experts or (lambda _layer, rows: times.expert_rows(rows))
+        self._late = late
         self._out_free = self._ducks_free = self._back_free = 0.0
 
     async def ask(
@@ -209,7 +221,8 @@ class VirtualFlock:
         self.busy.append((start, self._ducks_free))
         self._back_free = max(self._ducks_free, self._back_free) + times.back_row * rows / 1e3
         stamp = round((start - there) * 1e6), round((self._ducks_free - start) * 1e6)
-        return VirtualAsk(self, rows, sent, self._back_free + times.back_fixed / 1e3, stamp)
+        done = self._back_free + times.back_fixed / 1e3 + self._late()
+        return VirtualAsk(self, rows, sent, done, stamp)
 
 
 class _Layer:
@@ -317,11 +330,12 @@ class Emulation:
         *,
         seconds: Callable[[Stage], float] | None = None,
         experts: Callable[[int, int], float] | None = None,
+        late: Callable[[], float] = lambda: 0.0,
         **options: Any,
     ) -> None:
         self.model = VirtualModel(times.moe_layers, times.dense_layers)
         self.device = VirtualDevice(seconds or stage_seconds(times))
-        self.flock = VirtualFlock(times, experts)
+        self.flock = VirtualFlock(times, experts, late)
         loop = asyncio.get_running_loop()
         self.pipeline = Pipeline(self.model, self.device, self.flock, clock=loop.time, **options)
 
