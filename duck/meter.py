@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from duck.schedule import Average, Times
+from duck.plan.closed import Times
+from duck.schedule import Average
 
 
 @dataclass
@@ -83,35 +84,40 @@ class Stages:
         each = tuple(self._each_duck_s)
         return Totals(self._device_s, self._ducks_s, self._wire_s, each)
 
-    def times(self, layers: int, dense_layers: int) -> Times:
+    def times(self, moe_layers: int, dense_layers: int) -> Times:
         """The running means as the closed forms take them; 0 for what never ran.
 
-        layers, dense_layers: of the model, with and without routed experts.
+        moe_layers, dense_layers: of the model.
         """
 
         def device(stage: str, rows: int) -> float:
             mean = self._device.get((stage, rows))
-            return mean.value if mean else 0.0
+            return mean.value * 1e3 if mean else 0.0
 
-        none = Average(), Average()
-        duck, wire = self._asks.get(1, none)
-        duck2, wire2 = self._asks.get(2, none)
+        def asks(rows: int) -> tuple[float, float]:
+            duck, wire = self._asks.get(rows, (Average(), Average()))
+            return duck.value * 1e3, wire.value * 1e3
+
+        (duck, wire), (duck2, wire2) = asks(1), asks(2)
+        attend, attend2 = device("attend", 1), device("attend", 2)
+        row = max(0.0, wire2 - wire)
         return Times(
-            layers=layers,
+            attend=attend,
+            second_row=attend2 / attend - 1 if attend and attend2 else 0.0,
+            shared=device("shared", 1) or device("shared", 2),
+            expert=duck,
+            common=2 - duck2 / duck if duck and duck2 else 0.0,
+            # There is no telling the way there from the way back, nor does it matter.
+            out_fixed=max(0.0, wire - row) / 2,
+            out_row=row / 2,
+            back_fixed=max(0.0, wire - row) / 2,
+            back_row=row / 2,
+            moe_layers=moe_layers,
             dense_layers=dense_layers,
-            attend=device("attend", 1),
-            attend2=device("attend", 2),
-            shared=device("shared", 1),
-            shared2=device("shared", 2),
-            duck=duck.value,
-            duck2=duck2.value,
-            wire=wire.value,
-            wire2=wire2.value,
-            dense=device("dense", 1),
-            dense2=device("dense", 2),
-            head=device("head", 2),
+            dense=max(0.0, device("dense", 1) - attend),
+            head=(device("head", 2) + device("guess", 1)) / 2,
             combine=device("combine", 1),
-            guess=device("guess", 1),
+            host=0.0,  # measured with the head
         )
 
 

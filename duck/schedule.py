@@ -1,15 +1,18 @@
 """Schedules: how a step's rows are grouped and ordered, and which one should be fastest here.
 
 A schedule is a policy over the same code, never other code: whether the guess travels in the sure
-token's ask or half a layer behind it, whether anything overlaps, how many steps run at once. The
-closed forms tell what a step takes; `Chooser` compares them with what was measured. Pure: no clock,
-no event loop; times are passed in.
+token's ask or half a layer behind it, whether anything overlaps, how many steps run at once.
+`Chooser` puts what was measured into the closed forms of `plan.closed` and takes what promises
+most. Pure: no clock, no event loop; times are passed in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from duck.plan import closed
+from duck.plan.closed import Times
 
 # Steps in which `auto` measures one way of running; a step has dozens of layers, so few suffice.
 PROBE_STEPS = 4
@@ -77,102 +80,16 @@ class Way:
         return f"{self.policy.name} {drafts}{', started early' if self.early else ''}"
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of a step's stages; a name that ends in 2 is of two rows together.
-
-    Source of the forms below: what may overlap exactly in a decode step with one draft, where a
-    guess at position i + 1 needs the KV of position i in the same layer, and nothing else of it.
-    """
-
-    layers: int  # with routed experts
-    dense_layers: int
-    attend: float  # norms, attention, router, and the sum of the layer before
-    attend2: float
-    shared: float  # the shared expert
-    shared2: float
-    duck: float  # the slowest duck's computing
-    duck2: float  # less than twice `duck` where the rows share experts
-    wire: float  # an ask's way there and back
-    wire2: float
-    dense: float  # a layer without routed experts
-    dense2: float
-    head: float  # lm_head and the choice, of all rows of a step
-    combine: float  # the MTP layer's input
-    guess: float  # the MTP layer's lm_head
-
-    @property
-    def draft(self) -> float:
-        """The MTP chain: both rows write their KV, the last one goes to the ducks."""
-        return self.combine + self.attend2 + self.wire + self.duck + self.guess
-
-    @property
-    def overlap(self) -> float:
-        """Share of a row's experts that the next row needs too, as the ducks' times tell it."""
-        return max(0.0, 2 - self.duck2 / self.duck) if self.duck else 0.0
-
-
-def plain_step(t: Times) -> float:
-    """A step of one row, the shared expert overlapped."""
-    loop = t.attend + max(t.shared, t.wire + t.duck)
-    return t.layers * loop + t.dense_layers * t.dense + t.head
-
-
-def serial_step(t: Times) -> float:
-    """Two rows in one ask, nothing overlaps."""
-    loop = t.attend2 + t.shared2 + t.wire2 + t.duck2
-    return t.layers * loop + _rest(t) + t.shared
-
-
-def batch_step(t: Times) -> float:
-    """Two rows in one ask, the shared expert overlapped."""
-    return t.layers * _batch_loop(t) + _rest(t)
-
-
-def wave_step(t: Times) -> float:
-    """Two lanes, the guess half a layer behind: the busiest of device, ducks and one lane's loop.
-
-    Good to 1.2 % of a simulation.
-    """
-    device, ducks = 2 * (t.attend + t.shared), 2 * t.duck
-    lane = t.attend + t.wire + t.duck
-    ends = 2 * t.dense_layers * t.dense + t.head + t.draft
-    return t.layers * max(device, ducks, lane) + ends + t.attend
-
-
-def pingpong_round(t: Times, groups: int) -> float:
-    """A step of each of so many groups, two rows in an ask; 4 to 9 % too good: tails collide."""
-    rest = _rest(t)
-    device = t.layers * (t.attend2 + t.shared2) + rest - t.wire - t.duck
-    ducks = t.layers * t.duck2 + t.duck
-    return max(t.layers * _batch_loop(t) + rest, groups * device, groups * ducks)
-
-
-def plain_pingpong_round(t: Times, groups: int) -> float:
-    """The same without drafts: one row in an ask."""
-    device = t.layers * (t.attend + t.shared) + t.dense_layers * t.dense + t.head
-    return max(plain_step(t), groups * device, groups * t.layers * t.duck)
-
-
-def _batch_loop(t: Times) -> float:
-    return t.attend2 + max(t.shared2, t.wire2 + t.duck2)
-
-
-def _rest(t: Times) -> float:
-    return t.dense_layers * t.dense2 + t.head + t.draft
-
-
-def tokens_per_second(way: Way, t: Times, accept: float, sessions: int = 1) -> float:
-    """What a way promises, over all sessions. accept: how often a guess is right."""
-    if not way.draft:
-        if sessions > 1 and way.policy is not SERIAL:
-            return sessions / plain_pingpong_round(t, sessions)
-        return 1 / plain_step(t)
-    tokens = 1 + accept
-    if way.policy is PINGPONG and sessions > 1:
-        return sessions * tokens / pingpong_round(t, sessions)
-    step = {SERIAL: serial_step, WAVE: wave_step}.get(way.policy, batch_step)
-    return tokens / step(t)
+def tokens_per_second(way: Way, times: Times, sessions: int = 1) -> float:
+    """What a way promises, over all sessions, by the closed forms."""
+    if way.policy is PINGPONG:
+        step_ms = closed.pingpong(times, sessions, draft=way.draft)
+    elif way.policy is WAVE and way.draft:
+        step_ms, sessions = closed.wave(times), 1
+    else:
+        form = closed.serial if way.policy is SERIAL else closed.batch
+        step_ms, sessions = form(times, draft=way.draft), 1
+    return 1e3 * sessions * times.tokens(draft=way.draft) / step_ms
 
 
 @dataclass(frozen=True)
@@ -230,16 +147,17 @@ class Chooser:
         return choosing.note(way, seconds) if choosing else False
 
     def decide(self, times: Times, *, sessions: int) -> Choice:
-        """Take the way that promises most; a change needs GAIN, and to be the better one twice."""
+        """Take the way that promises most; a change needs GAIN, and to be the better one twice.
+
+        times: as measured, but for how often guesses are right, which is known here.
+        """
         choosing = self._choosing(sessions)
         assert choosing is not None
-        accept = self._accept.value
-        speeds = {
-            way: tokens_per_second(way, times, accept, sessions) for way in choosing.candidates
-        }
+        times = replace(times, accept=self._accept.value)
+        speeds = {way: tokens_per_second(way, times, sessions) for way in choosing.candidates}
         way = choosing.decide(speeds)
         promised = ", ".join(f"{way} {speed:.1f} tok/s" for way, speed in speeds.items())
-        return Choice(way, f"{promised}; measured {_told(times)}, guesses right {accept:.0%}")
+        return Choice(way, f"{promised}; measured {_told(times)}")
 
     def _choosing(self, sessions: int) -> _Choosing | None:
         return self._several if sessions > 1 else self._one
@@ -312,14 +230,11 @@ class _Choosing:
 
 
 def _told(t: Times) -> str:
-    pairs = {
-        "attend": (t.attend, t.attend2),
-        "shared": (t.shared, t.shared2),
-        "ducks": (t.duck, t.duck2),
-        "wire": (t.wire, t.wire2),
-    }
-    one_and_two = ", ".join(f"{n} {a * 1e3:.3f}/{b * 1e3:.3f}" for n, (a, b) in pairs.items())
-    return f"{one_and_two} ms a layer for one/two rows, common experts {t.overlap:.0%}"
+    return (
+        f"attend {t.attend:.3f} ms a layer, {t.second_row:.0%} more for a second row, "
+        f"shared {t.shared:.3f} ms, ducks {t.expert:.3f} ms with {t.common:.0%} of experts common, "
+        f"wire {t.out(1) + t.back(1):.3f} ms, guesses right {t.accept:.0%}"
+    )
 
 
 class Average:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from duck.plan.closed import ORIGINAL, TUNED, Times, batch, wave
 from duck.schedule import (
     BATCH,
     GAIN,
@@ -16,80 +17,12 @@ from duck.schedule import (
     WAVE,
     Average,
     Chooser,
-    Times,
     Way,
-    batch_step,
     chunks,
-    pingpong_round,
-    plain_step,
-    serial_step,
     tokens_per_second,
-    wave_step,
 )
 
-MS = 1e-3
-
-
-def times(attend: float, shared: float, *, duck: float = 0.58, common: float = 0.2) -> Times:
-    """DeepSeek-V3 on a GPU and 32 ducks, in ms; a second row costs the device 5 %."""
-    two = 1.05
-    return Times(
-        layers=58,
-        dense_layers=3,
-        attend=attend * MS,
-        attend2=attend * two * MS,
-        shared=shared * MS,
-        shared2=shared * two * MS,
-        duck=duck * MS,
-        duck2=duck * (2 - common) * MS,
-        wire=(0.065 + 0.096) * MS,
-        wire2=(0.065 + 0.192) * MS,
-        dense=(attend + 0.28) * MS,
-        dense2=(attend * two + 0.28) * MS,
-        head=1.35 * MS,
-        combine=0.13 * MS,
-        guess=1.35 * MS,
-    )
-
-
-TUNED, ORIGINAL = times(0.2, 0.035), times(0.651, 0.05)
-
-
-@pytest.mark.parametrize(
-    ("form", "tuned_ms", "original_ms"),
-    [
-        (serial_step, 95.0, 125.2),
-        (batch_step, 92.9, 122.3),
-        (wave_step, 74.0, 91.8),
-        (plain_step, 57.4, 84.9),
-    ],
-)
-def test_closed_forms_at_the_two_points(form, tuned_ms: float, original_ms: float) -> None:  # type: ignore[no-untyped-def]
-    assert form(TUNED) == pytest.approx(tuned_ms * MS, rel=0.01)
-    assert form(ORIGINAL) == pytest.approx(original_ms * MS, rel=0.01)
-
-
-def test_pingpong_is_optimistic_by_4_to_9_percent() -> None:
-    assert 129.6 * MS * 0.91 < pingpong_round(TUNED, 2) < 129.6 * MS * 0.96
-    assert 133.9 * MS * 0.90 < pingpong_round(ORIGINAL, 2) < 133.9 * MS * 0.96
-
-
-def test_the_overlap_that_the_ducks_times_tell() -> None:
-    assert TUNED.overlap == pytest.approx(0.2)
-    assert replace(TUNED, duck2=2.1 * TUNED.duck).overlap == 0
-    assert replace(TUNED, duck=0.0).overlap == 0
-
-
-def test_wave_gives_up_weight_sharing() -> None:
-    """Where most experts are common to both rows, one ask for both wins; 0.49 breaks even."""
-
-    def gain(common: float) -> float:
-        return batch_step(times(0.2, 0.035, common=common)) / wave_step(
-            times(0.2, 0.035, common=common)
-        )
-
-    assert gain(0.2) > 1.2
-    assert gain(0.85) < 1
+SHARING = replace(TUNED, common=0.9)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +72,7 @@ def run(
     for number in range(steps):
         way = chooser.way(sessions)
         right = number % 8 < 8 * accept
-        seconds = 1 / tokens_per_second(way, at, 0.0, sessions)
+        seconds = 1 / tokens_per_second(way, at, sessions)
         if chooser.note(
             way, seconds, sessions=sessions, proposed=int(way.draft), accepted=int(right)
         ):
@@ -182,7 +115,7 @@ def test_auto_tries_one_and_two_rows_first() -> None:
     [
         (TUNED, 0.875, Way(WAVE, draft=True)),
         (ORIGINAL, 0.875, Way(WAVE, draft=True)),
-        (times(0.2, 0.035, common=0.9), 0.875, Way(BATCH, draft=True)),
+        (SHARING, 0.875, Way(BATCH, draft=True)),
         (TUNED, 0.125, Way(BATCH, draft=False)),
     ],
 )
@@ -203,9 +136,8 @@ def test_auto_with_several_sessions() -> None:
 def test_auto_changes_its_mind_only_after_two_looks() -> None:
     chooser = auto()
     assert run(chooser, 40, TUNED).policy is WAVE
-    sharing = times(0.2, 0.035, common=0.9)
     look = RECHECK_STEPS + 3 * PROBE_STEPS
-    seen = [run(chooser, look, sharing) for _ in range(3)]
+    seen = [run(chooser, look, SHARING) for _ in range(3)]
     assert seen[0].policy is WAVE
     assert seen[-1].policy is BATCH
 
@@ -216,8 +148,8 @@ def test_auto_does_not_swing_over_little() -> None:
     assert run(chooser, 40, TUNED).policy is WAVE
     little = next(
         at
-        for at in (times(0.2, 0.035, common=n / 200) for n in range(200))
-        if 1.005 < wave_step(at) / batch_step(at) < GAIN
+        for at in (replace(TUNED, common=n / 200) for n in range(200))
+        if 1.005 < wave(at) / batch(at, draft=True) < GAIN
     )
     assert run(chooser, 6 * RECHECK_STEPS, little).policy is WAVE
 
