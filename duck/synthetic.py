@@ -24,7 +24,7 @@ from duck.model.weights import ExpertWeights
 from duck.node import Kernel, Node
 from duck.placement import Slice
 from duck.slices import Arena, Check, Progress
-from duck.transports.tcp import TcpDuckEnd
+from duck.transports.tcp import TcpDuckEnd, TcpTransport
 
 START_S = 60.0
 # So many experts are made; the others are copies of them, elsewhere in memory and read as any.
@@ -81,6 +81,11 @@ def _random_expert(rng: np.random.Generator, want: Slice) -> ExpertWeights:
         codes(columns, hidden), codes(columns, hidden), codes(hidden, columns),
         scales(columns, blocks), scales(columns, blocks), scales(blocks, columns),
     )  # fmt: skip
+
+
+def transport_to(address: str) -> TcpTransport:
+    """The host's end of a flock of that one duck; not started."""
+    return TcpTransport([address])
 
 
 @contextlib.contextmanager

@@ -39,9 +39,8 @@ from duck.recording import recording_of
 from duck.sampling import Sampling
 from duck.session import Session
 from duck.summary import Summary, measured_times, summarize
-from duck.synthetic import random_duck
+from duck.synthetic import random_duck, transport_to
 from duck.trace import Trace
-from duck.transports.tcp import TcpTransport
 
 SCHEDULES = ("serial", "batch", "wave")
 VOCABULARY = 4096  # of 129280: the head is not what is measured here
@@ -214,7 +213,7 @@ class _Run:
         self.summary: Summary
 
     async def go(self) -> None:
-        transport = TcpTransport([self._address])
+        transport = transport_to(self._address)
         flock = Flock(transport, self._plan)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(flock.close)
