@@ -18,7 +18,7 @@ from duck.errors import ConfigError
 if TYPE_CHECKING:
     from duck.kernels.bench import Shape
 
-PLANNED = ("transport", "generate")
+PLANNED = ("transport",)
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -27,6 +27,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     kinds = bench.add_subparsers(metavar="WHAT", required=True)
     _kernel_parser(kinds, common)
     _pipeline_parser(kinds, common)
+    _generate_parser(kinds, common)
     for name in PLANNED:
         planned = kinds.add_parser(name, help="(planned)")
         planned.set_defaults(command=_planned, planned=name, log_level="warning", json=False)
@@ -174,6 +175,77 @@ def _pipeline(arguments: argparse.Namespace) -> int:
         write_json({**report, "rows": [asdict(row) for row in rows]})
     else:
         for table in overlap.tables(rows):
+            Console().print(table)
+    return 0
+
+
+# --- duck bench generate
+
+
+def _generate_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
+    generate = kinds.add_parser(
+        "generate", parents=[common], help="one duck's share of a real model, end to end",
+        description="Steps with drafts through a few layers of a model's true widths, with random "
+        "weights: router, wire, a duck in a process of its own with its kernel. Each stage's "
+        "milliseconds, and the step that they make of the whole model. Nothing else should run.",
+    )  # fmt: skip
+    generate.add_argument(
+        "--synthetic", default="v3.2", choices=("v3.2",),
+        help="hidden 7168, 256 experts of 2048 columns, 8 a token (default: %(default)s)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--layers", type=int, default=8, metavar="N",
+        help="with routed experts, the drafting one included (default: %(default)s)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--ducks", default="1of32", metavar="1ofN",
+        help="the duck holds 1/N of every expert (default: %(default)s: 2.8 GB for 8 layers)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--attend-ms", type=float, metavar="X",
+        help="attention takes so long, as on some GPU (default: it is computed here)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--shared-ms", type=float, default=0.05, metavar="X",
+        help="with --attend-ms: the shared expert (default: %(default)s)",
+    )  # fmt: skip
+    generate.add_argument("--steps", type=int, default=20, metavar="N", help="default: 20")
+    generate.add_argument(
+        "--threads", type=int, default=0, metavar="N",
+        help="of the duck's kernel (default: one for each processor)",
+    )  # fmt: skip
+    generate.set_defaults(command=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from duck.bars import working
+    from duck.cli import write_json
+    from duck.plan import widths
+
+    limits = {
+        "layers": (2, 62), "attend_ms": (0.0, 1000.0), "shared_ms": (0.0, 1000.0),
+        "steps": (1, 1000), "threads": (0, 1024),
+    }  # fmt: skip
+    for name, (least, most) in limits.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {value}: want {least:g} to {most:g}")
+    one, _, of = arguments.ducks.partition("of")
+    if one != "1" or of not in ("1", "2", "4", "8", "16", "32"):
+        raise ConfigError(f"--ducks {arguments.ducks[:60]!r}: want 1ofN with N of 1, 2, 4 .. 32")
+    with working() as note:
+        report = widths.bench_generate(
+            layers=arguments.layers, of_ducks=int(of), attend_ms=arguments.attend_ms,
+            shared_ms=arguments.shared_ms, steps=arguments.steps, threads=arguments.threads,
+            note=note,
+        )  # fmt: skip
+    if arguments.json:
+        write_json(report.to_json())
+    else:
+        for table in widths.tables(report):
             Console().print(table)
     return 0
 

@@ -59,17 +59,20 @@ class EmulatedDevice(Device):
         self._free_at = 0.0
 
     async def run(self, stage: Stage, work: Callable[[], Result]) -> Ran[Result]:
-        """Compute `work()` and wait until its time is over."""
+        """Compute `work()` and wait until its time is over.
+
+        What is told of when it ran is when it would have: from when it could start.
+        """
         asked = time.perf_counter()
 
-        def paced() -> Result:
+        def paced() -> Ran[Result]:
             start = max(asked, self._free_at)
             result = work()
-            self._free_at = start + self.seconds(stage)
-            sleep_until(self._free_at)
-            return result
+            end = self._free_at = max(start + self.seconds(stage), time.perf_counter())
+            sleep_until(end)
+            return Ran(result, start, end)
 
-        return await super().run(stage, paced)
+        return (await super().run(stage, paced)).result
 
     def seconds(self, stage: Stage) -> float:
         """How long a piece of work takes."""
