@@ -176,6 +176,7 @@ class Ask:
         "_freed",
         "_future",
         "_table",
+        "arrived_at",
         "count",
         "deadline",
         "done_at",
@@ -199,6 +200,7 @@ class Ask:
         self.gather = Gather(table.plan.ducks, self.fragments)
         self.front = b""  # for planes: what the headers of its answers begin with
         self.sent_at = time.perf_counter()
+        self.arrived_at = [0.0] * table.plan.ducks  # when each duck's answer was whole
         self.done_at = 0.0
         self._future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
         self._freed = False
@@ -275,9 +277,12 @@ class AskTable:
         Raises:
             WireError: it does not belong to this ask.
         """
-        if ask.gather.note(duck, fragment, fragments) and ask.gather.complete:
+        if not ask.gather.note(duck, fragment, fragments) or not ask.gather.has(duck):
+            return
+        now = ask.arrived_at[duck] = time.perf_counter()
+        if ask.gather.complete:
             del self.open_asks[ask.ticket]
-            ask.done_at = time.perf_counter()
+            ask.done_at = now
             if not ask._future.done():
                 ask._future.set_result(ask.rows)
 
