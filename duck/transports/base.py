@@ -176,6 +176,7 @@ class Ask:
         "_freed",
         "_future",
         "_table",
+        "arrived_at",
         "count",
         "deadline",
         "done_at",
@@ -199,6 +200,7 @@ class Ask:
         self.gather = Gather(table.plan.ducks, self.fragments)
         self.front = b""  # for planes: what the headers of its answers begin with
         self.sent_at = time.perf_counter()
+        self.arrived_at = [0.0] * table.plan.ducks  # when each duck's answer was whole
         self.done_at = 0.0
         self._future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
         self._freed = False
@@ -275,22 +277,23 @@ class AskTable:
         Raises:
             WireError: it does not belong to this ask.
         """
-        if ask.gather.note(duck, fragment, fragments) and ask.gather.complete:
-            self._completed(ask)
+        if ask.gather.note(duck, fragment, fragments) and ask.gather.has(duck):
+            self._noted(ask, (duck,))
 
     def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
         """All of these ducks' verified answers lie in the row set, in however many fragments."""
         for duck in ducks:
             ask.gather.note_whole(duck)
-        if ask.gather.complete:
-            self._completed(ask)
+        self._noted(ask, ducks)
 
-    def _completed(self, ask: Ask) -> None:
-        if self.open_asks.pop(ask.ticket, None) is None:
-            return
-        ask.done_at = time.perf_counter()
-        if not ask._future.done():
-            ask._future.set_result(ask.rows)
+    def _noted(self, ask: Ask, ducks: Iterable[int]) -> None:
+        now = time.perf_counter()
+        for duck in ducks:
+            ask.arrived_at[duck] = now
+        if ask.gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
+            ask.done_at = now
+            if not ask._future.done():
+                ask._future.set_result(ask.rows)
 
     def cancel(self, ask: Ask) -> None:
         if self.open_asks.pop(ask.ticket, None) is not None:

@@ -76,7 +76,7 @@ class TcpPlane:
         flock.watch(link, duck)
 
     def send(self, ask: Ask, body: bytes) -> None:
-        if self._checksum == "crc32c" and not self._sealer:
+        if self._checksum == "crc32c" or self._sealer:
             size = wire.STAMP_BYTES + self._flock.plan.shape.answer_bytes(ask.count)
             ask.front = wire.HEADER.pack(
                 wire.MAGIC, wire.VERSION, wire.Kind.ANSWER, self._flock.session, ask.ticket,
