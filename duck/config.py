@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "device": (("auto", "cpu", "cuda"), ()),
     "dtype": (("auto", "float32", "bfloat16"), ()),
     "answers": (("auto", "f32"), ()),
+    "experts": (("exact", "int8", "int4"), ()),
 }
 MAX_LOCAL_DUCKS = 64
 DEMO = Path(__file__).parent / "demo"
@@ -56,6 +57,7 @@ class Options:
     device: str = "auto"  # cuda when there is one
     dtype: str = "auto"  # float32 on the CPU, bfloat16 on CUDA
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
+    experts: str = "exact"  # int8, int4: rounded, for speed and memory; never chosen by itself
 
     def __post_init__(self) -> None:
         for name, (ready, planned) in CHOICES.items():

@@ -37,7 +37,7 @@ from duck.prompts import Prompt, Prompts
 from duck.report import DuckLoad, LoadReport
 from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
-from duck.slices import ModelSource, layer_stream, resident_format, slice_of
+from duck.slices import ModelSource, choose_resident, layer_stream, slice_of
 from duck.transports.base import Transport
 from duck.transports.loopback import LoopbackTransport
 from duck.transports.tcp import TcpTransport
@@ -94,7 +94,7 @@ class Engine:
         """Load a model folder ("demo": the shipped one) and gather its flock.
 
         options: as on the command line: ducks, transport, placement, schedule, draft, device,
-        dtype, answers.
+        dtype, answers, experts.
 
         Raises:
             ConfigError, WeightsError: the folder or an option cannot be used.
@@ -140,7 +140,7 @@ class Engine:
                 columns=config.moe_intermediate_size,
                 slices=slices,
                 shape=_shape(config, device, chosen),
-                resident=resident_format(checkpoint, config),
+                resident=choose_resident(checkpoint, config, chosen.experts),
             )
             if in_process or local:
                 needed = sum(slice_of(plan, duck).nbytes for duck in range(plan.ducks))

@@ -88,7 +88,8 @@ def bench_kernel(
     """Measure; returns a report of plain values for JSON, and for `tables`.
 
     isas: default: the vector sets that this processor has. threads: default: one, and all.
-    residents: how the experts are held. memory_gib: of weights per shape and resident. note: called with what is about to be measured.
+    residents: how the experts are held. memory_gib: of weights per shape and resident. note:
+    called with what is about to be measured.
 
     Raises:
         ConfigError: a resident, an instruction set or a size that this machine does not have.
@@ -247,8 +248,8 @@ class _Bench:
         layer, x, ids, weights, nbytes = next(self._asks(1))
         same = itertools.repeat((layer, x, ids, weights, nbytes))
         samples = [self._kernel_once(same, out) for _ in range(5)]
-        weights = self._shape.expert_weights * self._shape.top_k
-        return max(weights / time_s / 1e9 for time_s, _ in samples)
+        count = self._shape.expert_weights * self._shape.top_k
+        return max(count / time_s / 1e9 for time_s, _ in samples)
 
 
 class _Torches:
