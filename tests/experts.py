@@ -111,6 +111,20 @@ def truth(
     return out
 
 
+def truth_of_sizes(
+    experts: Sequence[ExpertWeights], x: np.ndarray, ids: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """What the sums would be if no term had a sign; silu is steeper than 1.1 nowhere."""
+    out = np.zeros(x.shape)
+    for expert, matrices in enumerate(experts):
+        gate, up, down = (np.abs(matrix) for matrix in wide_matrices(matrices))
+        for row, choice in np.argwhere(ids == expert):
+            size = np.abs(x[row]).astype(np.float64)
+            inner = 1.1 * (gate @ size) * (up @ size) * abs(float(weights[row, choice]))
+            out[row] += down @ inner
+    return out
+
+
 @contextmanager
 def loaded(
     experts: Sequence[ExpertWeights],

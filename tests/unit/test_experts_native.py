@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from tests.experts import (
     random_codes,
     random_expert,
     truth,
-    wide_matrices,
+    truth_of_sizes,
 )  # fmt: skip
 
 
@@ -149,6 +148,9 @@ def test_other_blocks_are_held_dequantised() -> None:
     with loaded(experts, resident=resident_for("F8_E4M3", block)) as native:
         assert native.resident == "f32"
         assert error(forward(native, x, ids, weights), truth(experts, x, ids, weights)) <= 1e-6
+    experts[0].up[7, 8] = 0xFF
+    with pytest.raises(WeightsError, match="expert 0: a weight or scale is NaN"):
+        NativeExperts([0], 1, 96, 20, resident="f32").load(0, 0, experts[0])
     with pytest.raises(WeightsError, match=r"fp8 cannot hold weights of uint8 in blocks of \(48"):
         NativeExperts([0], 1, 96, 20).load(0, 0, experts[0])
 
@@ -179,20 +181,6 @@ def test_any_shape(
     with loaded(weights, threads=threads, isa=isa) as native:
         out = forward(native, x, ids, factors)
     assert (np.abs(out - true) <= 2e-6 * size + 1e-30).all()
-
-
-def truth_of_sizes(
-    experts: Sequence[ExpertWeights], x: np.ndarray, ids: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """What the sums would be if no term had a sign; silu is steeper than 1.1 nowhere."""
-    out = np.zeros(x.shape)
-    for expert, matrices in enumerate(experts):
-        gate, up, down = (np.abs(matrix) for matrix in wide_matrices(matrices))
-        for row, choice in np.argwhere(ids == expert):
-            size = np.abs(x[row]).astype(np.float64)
-            inner = 1.1 * (gate @ size) * (up @ size) * abs(float(weights[row, choice]))
-            out[row] += down @ inner
-    return out
 
 
 def test_silu() -> None:
@@ -518,13 +506,15 @@ def test_bench() -> None:
     report = bench.bench_kernel(
         isas=ISAS[:1],
         threads=[1],
+        residents=["fp8", "int4"],
         shapes=[small],
         rows=(1, 3),
         memory_gib=0.002,
         repeats=2,
         note=said.append,
     )
-    assert [row["rows"] for row in report["rows"]] == [1, 3]
+    found = [(row["resident"], row["rows"]) for row in report["rows"]]
+    assert found == [("fp8", 1), ("fp8", 3), ("int4", 1), ("int4", 3)]
     for row in report["rows"]:
         assert row["ratio"] > 0
         assert row["gb_s"] == pytest.approx(row["ratio"] * row["stream_gb_s"], rel=0.9)
