@@ -510,14 +510,14 @@ def test_bench() -> None:
         shapes=[small],
         rows=(1, 3),
         memory_gib=0.002,
-        repeats=2,
+        repeats=1,  # then medians are the one measurement
         note=said.append,
     )
     found = [(row["resident"], row["rows"]) for row in report["rows"]]
     assert found == [("fp8", 1), ("fp8", 3), ("int4", 1), ("int4", 3)]
     for row in report["rows"]:
         assert row["ratio"] > 0
-        assert row["gb_s"] == pytest.approx(row["ratio"] * row["stream_gb_s"], rel=0.9)
+        assert row["gb_s"] == pytest.approx(row["ratio"] * row["stream_gb_s"], rel=1e-6)
     assert report["rows"][0]["hot_gw_s"] > 0
     assert report["stream"][0]["threads"] == 1
     text = bench.tables(report)
