@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import duck
 from duck import bench, log
-from duck.config import CHOICES, model_folder
+from duck.config import CHOICES, model_folder, output_file
 from duck.errors import ConfigError, DuckError
 from duck.wire import plain
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from duck.sampling import Sampling
 
 # Commands that design.md names and this version does not have.
-PLANNED = ("serve", "trace", "plan", "doctor")
+PLANNED = ("serve", "plan", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", metavar="DIR", required=True)
     pack.set_defaults(command=_pack)
 
+    bench.add_parser(commands, common)
+
     key = commands.add_parser(
         "key", parents=[common], help="make the key that a host and its ducks share",
         description="Write a new random key to FILE. Copy it to the host and to every duck, by a "
@@ -197,10 +199,26 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("file", metavar="FILE")
     key.set_defaults(command=_key)
 
-    bench.add_parser(commands, common)
+    _trace_parser(commands, common)
     for name in PLANNED:
         commands.add_parser(name, help="(planned)", add_help=False)
     return parser
+
+
+def _trace_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    trace = commands.add_parser("trace", help="what a trace says about overlap")
+    kinds = trace.add_subparsers(metavar="WHAT", required=True)
+    summarize = kinds.add_parser(
+        "summarize", parents=[common], help="who was busy, and who waited for whom",
+        description="Busy and idle times, overlap, waits, the slowest duck, and the step that the "
+        "measured stages should have made; of the decode steps in a file of --trace.",
+    )  # fmt: skip
+    summarize.add_argument("file", metavar="FILE")
+    summarize.add_argument("--png", metavar="OUT", help="also draw some steps")
+    summarize.add_argument(
+        "--steps", metavar="A:B", help="which steps to draw, from 0 (default: the middle one)"
+    )
+    summarize.set_defaults(command=_summarize)
 
 
 def _flock_options(parser: argparse.ArgumentParser) -> None:
@@ -213,8 +231,9 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         "transport": "auto: shm for local:N, else tcp; multicast: asks by UDP, once for all ducks; "
         "loopback: all ducks in this process",
         "placement": "how experts are spread over ducks",
-        "schedule": "how lanes are ordered",
-        "draft": "guess the next token with the model's MTP layer (auto: if it has one)",
+        "schedule": "how rows are grouped and ordered (auto: by measured times)",
+        "draft": "guess the next token with the model's MTP layer (auto: while it pays)",
+        "early": "start a wave's sure token while its guess is being made (auto: if it gains)",
         "device": "where attention runs (auto: cuda if there is one)",
         "dtype": "auto: float32 on cpu, bfloat16 on cuda",
         "answers": "f32: partial sums travel in float32 even when asks travel in bfloat16",
@@ -230,7 +249,10 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         "--key-file", metavar="F",
         help="the cluster's key (duck key F makes one): all ducks must have it too",
     )  # fmt: skip
-    flock.add_argument("--trace", metavar="OUT.json", help="(planned) write a trace")
+    flock.add_argument(
+        "--trace", metavar="OUT.json",
+        help="write what happened when, for ui.perfetto.dev and duck trace summarize (.gz: packed)",
+    )  # fmt: skip
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -253,14 +275,8 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The Engine's options among the command line's.
-
-    Raises:
-        ConfigError: an option that is not built yet.
-    """
-    if arguments.trace is not None:
-        raise ConfigError("--trace is not built yet; leave it out")
-    options = {name: getattr(arguments, name) for name in ("ducks", *CHOICES)}
+    """The Engine's options among the command line's."""
+    options = {name: getattr(arguments, name) for name in ("ducks", *CHOICES, "trace")}
     return {**options, "key_file": _path(arguments.key_file, "--key-file")}
 
 
@@ -345,23 +361,11 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace) -> int:
     from duck import terminal
 
-    out = None if arguments.logits_out is None else _output_file(arguments.logits_out)
+    out = None if arguments.logits_out is None else output_file("logits-out", arguments.logits_out)
     return terminal.score(
         arguments.model, _prompt_of(arguments), engine_options(arguments),
         mtp=arguments.mtp, out=out, as_json=arguments.json,
     )  # fmt: skip
-
-
-def _output_file(name: str) -> Path:
-    """A file that can be written, checked before the work is done."""
-    path = Path(name)
-    if not name or path.is_dir() or (path.exists() and not path.is_file()):
-        raise ConfigError(f"--logits-out {name!r} is no file: give the path of a file to write")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--logits-out {name}: no such folder: {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--logits-out {name}: may not be written")
-    return path
 
 
 def _node(arguments: argparse.Namespace) -> int:
@@ -417,6 +421,41 @@ def _pack(arguments: argparse.Namespace) -> int:
     else:
         show_packed(packed)
     return 0
+
+
+def _summarize(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from duck import picture, recording, summary
+
+    if arguments.steps and not arguments.png:
+        raise ConfigError("--steps chooses what --png draws: add --png OUT")
+    found = recording.read(arguments.file)
+    figures = summary.summarize(found)
+    if arguments.png:
+        middle = max(0, figures.steps // 2)
+        first, stop = _range(arguments.steps) if arguments.steps else (middle, middle + 1)
+        picture.draw(found, Path(arguments.png), first, stop)
+    if arguments.json:
+        write_json(summary.to_json(figures))
+        return 0
+    console = Console()
+    for table in summary.tables(figures):
+        console.print(table)
+        console.print()
+    return 0
+
+
+def _range(text: str) -> tuple[int, int]:
+    """Two whole numbers as 3:6."""
+    first, colon, stop = text.partition(":")
+    if not (colon and _is_count(first) and _is_count(stop)):
+        raise ConfigError(f"--steps {text[:60]!r}: want two numbers as 3:6")
+    return int(first), int(stop)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _weights(text: str | None, ducks: int | None) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from duck.errors import ConfigError
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "transport": (("auto", "loopback", "shm", "tcp", "multicast"), ()),
     "placement": (("equal",), ("weighted", "whole")),
-    "schedule": (("auto", "serial"), ("batch", "wave", "pingpong")),
+    "schedule": (("auto", "serial", "batch", "wave", "pingpong"), ()),
     "draft": (("auto", "mtp", "off"), ()),
+    "early": (("auto", "on", "off"), ()),
     "device": (("auto", "cpu", "cuda"), ()),
     "dtype": (("auto", "float32", "bfloat16"), ()),
     "answers": (("auto", "f32"), ()),
@@ -46,6 +48,24 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
+def output_file(flag: str, name: str) -> Path:
+    """The file of an option, which can be written: checked before the work is done.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not isinstance(name, str) or not name or Path(name).is_dir():
+        raise ConfigError(f"--{flag} {name!r} is no file: give the path of a file to write")
+    path = Path(name)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--{flag} {name!r} is no file: give the path of a file to write")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--{flag} {name}: no such folder: {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--{flag} {name}: may not be written")
+    return path
+
+
 @dataclass(frozen=True)
 class Options:
     """How to run a model; every value is checked here, into ConfigError."""
@@ -53,12 +73,14 @@ class Options:
     ducks: str = "local:2"  # local:N, HOST:PORT,HOST:PORT, or a flock.toml
     transport: str = "auto"  # shm when we start the ducks, else tcp; loopback: all in this process
     placement: str = "equal"
-    schedule: str = "auto"
-    draft: str = "auto"  # auto and mtp: draft when the model has an MTP layer
+    schedule: str = "auto"  # auto: by measured times
+    draft: str = "auto"  # auto: while it pays; mtp: whenever the model has an MTP layer
+    early: str = "auto"  # whether a wave's sure lane starts while its guess is being made
     device: str = "auto"  # cuda when there is one
     dtype: str = "auto"  # float32 on the CPU, bfloat16 on CUDA
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
     key_file: str | Path | None = None  # the cluster's key; else [host] key_file of a flock.toml
+    trace: str | None = None  # the file to write what happened when to
 
     def __post_init__(self) -> None:
         for name, (ready, planned) in CHOICES.items():
@@ -69,6 +91,8 @@ class Options:
                 )
             if value not in ready:
                 raise ConfigError(f"--{name} {value!r}: want one of {', '.join(ready)}")
+        if self.trace is not None:
+            output_file("trace", self.trace)
         if not isinstance(self.ducks, str):
             raise ConfigError(f"--ducks {self.ducks!r}: want a text, as local:2 or HOST:PORT")
         flock = Ducks.parse(self.ducks)
@@ -241,6 +265,12 @@ class Ducks:
             f"duck {number} ({name + ', ' if name else ''}{address})"
             for number, (name, address) in enumerate(pairs)
         )
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """How traces name the ducks."""
+        names = self.names or ("",) * self.count
+        return tuple(f"duck {number} {name}".strip() for number, name in enumerate(names))
 
     @property
     def count(self) -> int:

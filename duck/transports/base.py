@@ -176,6 +176,7 @@ class Ask:
         "_freed",
         "_future",
         "_table",
+        "arrived_at",
         "count",
         "deadline",
         "done_at",
@@ -199,6 +200,7 @@ class Ask:
         self.gather = Gather(table.plan.ducks, self.fragments)
         self.front = b""  # for planes: what the headers of its answers begin with
         self.sent_at = time.perf_counter()
+        self.arrived_at = [0.0] * table.plan.ducks  # when each duck's answer was whole
         self.done_at = 0.0
         self._future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
         self._freed = False
@@ -275,13 +277,18 @@ class AskTable:
         Raises:
             WireError: it does not belong to this ask.
         """
-        if ask.gather.note(duck, fragment, fragments) and ask.gather.complete:
+        if not ask.gather.note(duck, fragment, fragments) or not ask.gather.has(duck):
+            return
+        ask.arrived_at[duck] = time.perf_counter()
+        if ask.gather.complete:
             self._completed(ask)
 
     def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
         """All of these ducks' verified answers lie in the row set, in however many fragments."""
+        now = time.perf_counter()
         for duck in ducks:
             ask.gather.note_whole(duck)
+            ask.arrived_at[duck] = now
         if ask.gather.complete:
             self._completed(ask)
 

@@ -31,13 +31,14 @@ from typing import Any
 import numpy as np
 
 from duck import wire
+from duck.config import Network
 from duck.errors import TransportError
 from duck.flock import add_up
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Rows
 from duck.transports.bench_ducks import SIZES
 from duck.transports.control import FlockTransport
-from duck.transports.planes import HOST_PLANES
+from duck.transports.planes import host_plane
 
 HIDDEN, TOP_K, DTYPE = 7168, 8, "bfloat16"  # DeepSeek-V3
 LAYERS = 4
@@ -209,7 +210,7 @@ async def _measure(
 async def _flock(
     transport: str, addresses: Sequence[str], plan: Plan
 ) -> AsyncIterator[FlockTransport]:
-    flock = FlockTransport(addresses, HOST_PLANES[transport]())
+    flock = FlockTransport(addresses, host_plane(transport, Network()))
     try:
         await flock.start(plan)
         yield flock

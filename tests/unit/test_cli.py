@@ -14,6 +14,7 @@ from duck.keys import ClusterKey
 from duck.model.config import ModelConfig
 from duck.model.weights import Checkpoint
 from tests.checkpoints import make_checkpoint
+from tests.perfetto import check_schema
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,11 @@ IDS = ("--prompt-ids", "5,6,7")
             ("generate", "MODEL", *IDS, "--transport", "pigeon"),
             "want one of auto, loopback, shm, tcp, multicast",
         ),
-        (("generate", "MODEL", *IDS, "--schedule", "wave"), "--schedule wave is not built yet"),
+        (("generate", "MODEL", *IDS, "--schedule", "tide"), "want one of auto, serial, batch"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
-        (("generate", "MODEL", *IDS, "--trace", "t.json"), "--trace is not built yet"),
+        (("generate", "MODEL", *IDS, "--trace", "no/dir/t.json"), "no such folder: no/dir"),
+        (("generate", "MODEL", *IDS, "--trace", "."), "--trace '.' is no file"),
+        (("trace",), "WHAT"),
         (("generate", "MODEL", *IDS, "--transport", "loopback", "--ducks", "h:1"), "inside this"),
         (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "cannot reach duck 0"),
         (("score", "MODEL", "--prompt-ids", "1"), "at least two"),
@@ -132,6 +135,35 @@ def test_a_key_is_made_and_used(
         code, out, err = run(capfd, *words, "--transport", transport, "--key-file", path)
         assert (code, err) == (0, "")
         assert json.loads(out)["token_ids"] == plain["token_ids"]
+
+
+@pytest.mark.parametrize("schedule", ["serial", "batch", "wave"])
+def test_trace_of_an_answer(
+    capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, schedule: str
+) -> None:
+    path = tmp_path / "out.json"
+    words = ("generate", folder, *IDS, "--max-tokens", "6", "--ignore-eos", "--json")
+    plain = run(capfd, *words, "--schedule", schedule)
+    traced = run(capfd, *words, "--schedule", schedule, "--trace", path)
+    assert plain[0] == traced[0] == 0
+    answer = json.loads(traced[1])
+    assert json.loads(plain[1])["token_ids"] == answer["token_ids"]
+    document = json.loads(path.read_text())
+    check_schema(document)
+    assert document["otherData"]["ducks"] == ["duck 0", "duck 1"]
+    spans = [event for event in document["traceEvents"] if event["ph"] == "X"]
+    asks = [event for event in spans if event["cat"] == "net"]
+    answers = [event for event in spans if event["cat"] in ("duck 0", "duck 1")]
+    assert len(answers) == 2 * len(asks) > 0
+    code, out, err = run(capfd, "trace", "summarize", path, "--json")
+    assert (code, err) == (0, "")
+    figures = json.loads(out)
+    assert figures["schedule"] == schedule
+    assert figures["steps"] == answer["stats"]["steps"]
+    # The first token comes from the prompt.
+    assert figures["settled"] == answer["stats"]["completion_tokens"] - 1
+    assert all(duck["gb_s"] > 0 for duck in figures["ducks"])
+    assert figures["common_experts"] == pytest.approx(answer["stats"]["expert_overlap"])
 
 
 @pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])

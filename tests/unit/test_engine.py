@@ -135,7 +135,7 @@ async def test_stop_texts_and_eos(folder: Path) -> None:
 
 async def test_a_session_goes_on_where_the_prompts_agree(agreeing: Path) -> None:
     """Turn after turn in one session gives what a fresh session gives, with drafts and rewinds."""
-    async with Engine.open(agreeing, transport="loopback") as engine:
+    async with Engine.open(agreeing, transport="loopback", draft="mtp") as engine:
         session = engine.session()
         prompt = [2, 3, 0, 2]
         for turn in range(4):

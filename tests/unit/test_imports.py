@@ -1,6 +1,7 @@
 """Who may import whom. The rules make parts testable alone, and ducks small: see docs/design.md.
 
-- wire, reliable, gather, placement, schedule and seal are pure: no sockets, no asyncio, no clock.
+- wire, reliable, gather, placement, schedule, plan and seal are pure: no sockets, no asyncio, no
+  clock.
 - Transports import no torch. The model and its kernels import no asyncio.
 - A duck's process imports no torch, nor does `import duck`.
 """
@@ -20,6 +21,7 @@ import duck
 ROOT = Path(duck.__file__).parent
 PURE = (
     "duck.wire", "duck.reliable", "duck.gather", "duck.placement", "duck.schedule", "duck.seal",
+    "duck.plan.closed", "duck.plan.simulate",
 )  # fmt: skip
 OUTSIDE = {
     "asyncio", "concurrent", "datetime", "multiprocessing", "select", "selectors", "signal",
@@ -117,7 +119,8 @@ def test_model_and_kernels_know_no_asyncio(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["duck", "duck.cli", "duck.node", "duck.local", "duck.flock", "duck.slices"]
+    "module",
+    ["duck", "duck.cli", "duck.node", "duck.local", "duck.flock", "duck.slices", "duck.synthetic"],
 )
 def test_what_a_duck_needs_loads_nothing_heavy(module: str) -> None:
     assert not loaded_by(module, MODULES) & set(HEAVY)

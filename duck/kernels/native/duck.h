@@ -35,7 +35,8 @@ DUCK_API int duck_pool_threads(const duck_pool* pool);
 DUCK_API void duck_pool_destroy(duck_pool* pool);
 
 // What one expert takes: bytes of its record, and floats of its scales.
-// format: 0 fp8 e4m3 with 128 x 128 scales, 1 bf16, 2 f32.
+// format: 0 fp8 e4m3 with 128 x 128 scales, 1 bf16, 2 f32, and two that lose something (dots.h):
+// 3 int8, 4 int4.
 DUCK_API std::size_t duck_record_bytes(int hidden, int columns, int format);
 DUCK_API std::size_t duck_scale_floats(int hidden, int columns, int format);
 
@@ -47,7 +48,7 @@ DUCK_API std::size_t duck_experts_bytes(const duck_experts* experts);  // arena 
 
 // One expert's slice into its resident form, in memory of the caller's: duck_record_bytes and
 // duck_scale_floats. gate and up are [columns, hidden], down [hidden, columns], rows apart by the
-// given number of weights. `start`: the slice's first column in the whole intermediate dimension;
+// given number of weights; int8 and int4 are made from floats. `start`: the slice's first column in the whole intermediate dimension;
 // it decides where scale blocks begin. Scales (fp8 only): gate and up [blocks of columns,
 // ceil(hidden/128)], down [ceil(hidden/128), blocks of columns], contiguous, where the blocks of
 // columns are those the slice touches: start/128 .. (start+columns-1)/128.
