@@ -114,10 +114,10 @@ def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     return value
 
 
-def check_message(place: memoryview, front: bytes) -> int:
-    """The state of a whole message where it lies; `front`: what its header must be, 28 bytes."""
-    library = swift() if len(place) <= SWIFT_BYTES else native()
-    state: int = library.duck_message_check(address_of(place), front, len(place) - 32)
+def check_message(address: int, nbytes: int, front: bytes) -> int:
+    """The state of a message of so many bytes in all; `front`: its header up to the checksum."""
+    library = swift() if nbytes <= SWIFT_BYTES else native()
+    state: int = library.duck_message_check(address, front, nbytes - 32)
     return state
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -279,17 +279,25 @@ class AskTable:
         """
         if not ask.gather.note(duck, fragment, fragments) or not ask.gather.has(duck):
             return
-        now = ask.arrived_at[duck] = time.perf_counter()
+        ask.arrived_at[duck] = time.perf_counter()
         if ask.gather.complete:
-            del self.open_asks[ask.ticket]
-            ask.done_at = now
-            if not ask._future.done():
-                ask._future.set_result(ask.rows)
+            self._completed(ask)
 
-    def arrived_whole(self, ask: Ask, duck: int) -> None:
-        """All of a duck's verified answer lies in the row set, however many fragments it has."""
-        for fragment in range(ask.fragments):
-            self.arrived(ask, duck, fragment, ask.fragments)
+    def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
+        """All of these ducks' verified answers lie in the row set, in however many fragments."""
+        now = time.perf_counter()
+        for duck in ducks:
+            ask.gather.note_whole(duck)
+            ask.arrived_at[duck] = now
+        if ask.gather.complete:
+            self._completed(ask)
+
+    def _completed(self, ask: Ask) -> None:
+        if self.open_asks.pop(ask.ticket, None) is None:
+            return
+        ask.done_at = time.perf_counter()
+        if not ask._future.done():
+            ask._future.set_result(ask.rows)
 
     def cancel(self, ask: Ask) -> None:
         if self.open_asks.pop(ask.ticket, None) is not None:
@@ -425,5 +433,7 @@ def check_ids(ids: np.ndarray, experts: int) -> None:
     Raises:
         WireError: an id outside 0..experts-1.
     """
+    if ids.dtype == np.int32 and ids.size and int(ids.view(np.uint32).max()) < experts:
+        return  # a negative one is large without its sign: one look is enough
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= experts):
         raise WireError(f"expert ids {int(ids.min())}..{int(ids.max())}, want 0..{experts - 1}")

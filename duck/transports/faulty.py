@@ -25,7 +25,7 @@ import asyncio
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from random import Random
 from typing import Any, Generic, TypeVar
 
@@ -187,7 +187,13 @@ def disturb(table: AskTable, faults: Faults[Note]) -> Callable[[], None]:
     def arrived(ask: Ask, duck: int, fragment: int, fragments: int) -> None:
         pump.put((ask, duck, fragment, fragments))
 
+    def arrived_whole(ask: Ask, ducks: Iterable[int]) -> None:
+        for duck in ducks:
+            for fragment in range(ask.fragments):
+                arrived(ask, duck, fragment, ask.fragments)
+
     table.arrived = arrived  # type: ignore[method-assign]
+    table.arrived_whole = arrived_whole  # type: ignore[method-assign]
     return pump.end
 
 

@@ -36,6 +36,7 @@ class Ahead(NamedTuple):
 
     ticket: int
     place: memoryview  # as long as header and payload
+    address: int  # where that is
     front: bytes  # its header up to the checksum, which is CRC-32C
 
 
@@ -155,7 +156,7 @@ class Link(asyncio.BufferedProtocol):
         """Half of a frame has come, and its place is given to another."""
         aside = memoryview(bytearray(len(ahead.place)))
         aside[: self._have] = ahead.place[: self._have]
-        self._ahead = ahead._replace(place=aside)
+        self._ahead = ahead._replace(place=aside, address=library.address_of(aside))
 
     def _room(self, frames: Frames) -> memoryview:
         """Where the next bytes of a frame go that nobody looked ahead to."""
@@ -311,7 +312,7 @@ class Link(asyncio.BufferedProtocol):
         self._have += count
         place, state = ahead.place, library.MESSAGE_OTHER
         if self._have == len(place):
-            state = library.check_message(place, ahead.front)
+            state = library.check_message(ahead.address, len(place), ahead.front)
         elif self._have < wire.HEADER_BYTES or place[: len(ahead.front)] == ahead.front:
             return
         if state == library.MESSAGE_BAD:

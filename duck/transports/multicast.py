@@ -412,7 +412,7 @@ class MulticastPlane:
             self._half.failed(duck, head.ticket, now)
             return
         self._heard[duck] += 1
-        self._flock.asks.arrived_whole(ask, duck)
+        self._flock.asks.arrived_whole(ask, (duck,))
         if ask.ticket not in self._flock.asks.open_asks:
             self._close_ask(ask.ticket)
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 _TOKEN_BYTES = 16
+_MANY_ASKS = 64
 # What covers a frame; the host chooses. CRC-32C is the processor's own, and four times as fast.
 CHECKSUMS: dict[str, wire.Checksum] = {"crc32": zlib.crc32, "crc32c": library.crc32c}
 _NOTHING = memoryview(bytearray())  # where a message without a body goes
@@ -125,25 +126,36 @@ class _Answers:
     def __init__(self, asks: AskTable, duck: int, session: int) -> None:
         self._asks, self._duck, self._session = asks, duck, session
         self._source = duck.to_bytes(2, "little")
+        self._whole: set[int] = set()  # tickets of open asks, and of some older ones, that landed
         self._limit = wire.STAMP_BYTES + asks.plan.shape.answer_bytes(asks.plan.shape.max_rows)
         self._text = memoryview(bytearray(_TEXT_BYTES))
 
     def ahead(self) -> Ahead | None:
         """The answer to the oldest ask that this duck owes, when it is one frame."""
         for ask in self._asks.open_asks.values():
-            if not ask.gather.has(self._duck):
+            # Not by what is noted: that may be later, and what has landed must not be written to.
+            if ask.ticket not in self._whole and not ask.gather.has(self._duck):
                 if not ask.front or ask.fragments > 1:
                     return None
                 front = ask.front[:14] + self._source + ask.front[16:]
                 size = wire.HEADER_BYTES + int.from_bytes(front[20:24], "little")
-                return Ahead(ask.ticket, ask.rows.framed[self._duck][:size], front)
+                rows, duck = ask.rows, self._duck
+                address = rows.address - wire.HEADER_BYTES + duck * rows.stride
+                return Ahead(ask.ticket, rows.framed[duck][:size], address, front)
         return None
 
     def wants(self, ticket: int) -> bool:
         return ticket in self._asks.open_asks
 
     def landed(self, ticket: int) -> None:
-        self._asks.arrived(self._asks.open_asks[ticket], self._duck, 0, 1)
+        self._note(self._asks.open_asks[ticket], 0, 1)
+
+    def _note(self, ask: Ask, fragment: int, fragments: int) -> None:
+        if fragments == 1:
+            if len(self._whole) > _MANY_ASKS:
+                self._whole &= self._asks.open_asks.keys()
+            self._whole.add(ask.ticket)
+        self._asks.arrived(ask, self._duck, fragment, fragments)
 
     def check(self, header: wire.Header) -> int:
         if header.session != self._session or header.source != self._duck:
@@ -175,8 +187,7 @@ class _Answers:
         if header.kind == wire.Kind.ERROR:
             text = bytes(self._text[: header.message_bytes]).decode("utf-8", "replace")
             raise WireError(f"the duck could not answer: {wire.plain(text)}")
-        ask = self._asks.open_asks[header.ticket]
-        self._asks.arrived(ask, self._duck, header.fragment, header.fragments)
+        self._note(self._asks.open_asks[header.ticket], header.fragment, header.fragments)
 
 
 class TcpTransport(FlockTransport):
@@ -233,7 +244,8 @@ class TcpFeed:
         self.token = secrets.token_bytes(_TOKEN_BYTES)
         self.link: Link | None = None
         self._session, self._feeds = session, feeds
-        self._loop = asyncio.get_running_loop()
+        # From the worker's thread; what is called sends.
+        self.call_in_loop: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
         self._limit = session.plan.shape.ask_bytes(session.plan.shape.max_rows)
         self._message = memoryview(b"")
         self._due: tuple[int, int, int, int] | None = None  # of a message that is not whole yet
@@ -323,10 +335,10 @@ class TcpFeed:
         try:
             frames = self._frames(kind, ticket, layer, message)
         except TransportError as error:  # answered twice: no bug may end the thread, or be sealed
-            self._loop.call_soon_threadsafe(self._session.refuse, str(error))
+            self.call_in_loop(self._session.refuse, str(error))
             return
         with contextlib.suppress(RuntimeError):  # the loop ended while we computed
-            self._loop.call_soon_threadsafe(self._send, frames)
+            self.call_in_loop(self._send, frames)
 
     def _frames(
         self, kind: wire.Kind, ticket: int, layer: int, message: bytes

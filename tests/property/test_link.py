@@ -59,8 +59,8 @@ class Landing:
         front = wire.HEADER.pack(
             wire.MAGIC, wire.VERSION, wire.Kind.ASK, 1, ticket, ticket, 5, 0, 1, size, 0, 0
         )
-        self.ahead_of[ticket] = memoryview(bytearray(32 + size))
-        return Ahead(ticket, self.ahead_of[ticket], front[:28])
+        place = self.ahead_of[ticket] = memoryview(bytearray(32 + size))
+        return Ahead(ticket, place, library.address_of(place), front[:28])
 
     def wants(self, ticket: int) -> bool:
         return ticket not in self.unwanted
