@@ -8,12 +8,13 @@ same. Nothing here knows what is in a datagram.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import socket
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from duck.errors import ConfigError, TransportError
@@ -63,6 +64,7 @@ class UdpSocket:
         self.send_calls = 0
         self.unsent = 0  # datagrams that the system refused: as good as lost
         self._buffer = memoryview(bytearray(1 << 16))
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.socket = sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             sock.setblocking(False)
@@ -89,8 +91,10 @@ class UdpSocket:
             raise
         self.address: Address = sock.getsockname()
 
-    def fileno(self) -> int:
-        return self.socket.fileno()
+    def listen(self, reader: Callable[[], None]) -> None:
+        """Have the running event loop call `reader` when something has come; it should `drain`."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self.socket, reader)
 
     def send(self, train: bytes | memoryview, size: int, to: Address) -> None:
         """Send datagrams that lie one behind the other, each `size` bytes long but the last.
@@ -149,6 +153,9 @@ class UdpSocket:
                 yield self._buffer[:count], size, sender
 
     def close(self) -> None:
+        """Listen no more, and give the socket back."""
+        if self._loop:
+            self._loop.remove_reader(self.socket)
         self.socket.close()
 
 
@@ -162,7 +169,7 @@ def _has(sock: socket.socket, option: int, value: int) -> bool:
 
 def _grow(sock: socket.socket, wanted: int) -> int:
     """Make the receive buffer as large as wanted, or as the system allows; what it is then."""
-    half = -(-wanted // 2)  # the kernel doubles what it is told
+    half = min(-(-wanted // 2), 1 << 30)  # the kernel doubles what it is told, in 32 bits
     for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):  # the first is for root
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= wanted:
             break
