@@ -96,7 +96,7 @@ class Engine:
         """Load a model folder ("demo": the shipped one) and gather its flock.
 
         options: as on the command line: ducks, transport, placement, schedule, draft, early,
-        device, dtype, answers.
+        device, dtype, answers, trace.
 
         Raises:
             ConfigError, WeightsError: the folder or an option cannot be used.
