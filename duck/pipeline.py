@@ -170,6 +170,11 @@ class Lane:
             self.ask.close()
             self.ask = None
 
+    def retire(self) -> None:
+        """Forget all but that its KV is written: others may be behind it for a while yet."""
+        self.release()
+        self.make, self.ids, self.behind = list, {}, None
+
     def wrote(self, layer: int) -> None:
         """The KV of this layer and all before it is in the cache."""
         self._written = layer + 1
@@ -320,8 +325,10 @@ class Pipeline:
 
     async def _compute(self, stage: Stage, work: Callable[[], Result]) -> Result:
         ran = await self._device.run(stage, work)
-        self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun)
+        now = self._clock()
+        self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun, late=now - ran.ended)
         if self._trace.on:
+            self._trace.count("loop late ms", now, (now - ran.ended) * 1e3)
             self._trace.span(
                 "device", stage.name, ran.begun, ran.ended, stage.layer,
                 lane=stage.lane, session=stage.session, rows=stage.rows,
@@ -351,13 +358,14 @@ class Pipeline:
         layer while that one's experts are computed. `done` gets the chunks in order, each with its
         (rows, hidden).
         """
-        flying: deque[tuple[Span, asyncio.Task[list[Tensor]]]] = deque()
+        flying: deque[tuple[Lane, asyncio.Task[list[Tensor]]]] = deque()
         position, before = session.length, None
 
         async def land() -> None:
-            span, task = flying.popleft()
+            lane, task = flying.popleft()
             [h] = await task
-            await done(span, h)
+            lane.retire()
+            await done(lane.spans[0], h)
 
         with ExitStack() as lanes:
             async with _together() as group:
@@ -366,7 +374,7 @@ class Pipeline:
                         await land()
                     span = Span(session, chunk, position)
                     lane = lanes.enter_context(Lane([span], self._embed([span]), behind=before))
-                    flying.append((span, group.create_task(self.forward(lane, policy))))
+                    flying.append((lane, group.create_task(self.forward(lane, policy))))
                     position, before = position + len(chunk), lane
                 while flying:
                     await land()
