@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from duck.errors import ConfigError
-from duck.trace import DUCKS, FORMAT, HOST, NO_LAYER, Span
+from duck.trace import DUCKS, FORMAT, HOST, NO_LAYER, Span, Trace
 
 # Far above what `Trace` writes; a small compressed file could claim to hold any amount.
 LARGEST = 1 << 30
@@ -74,6 +74,12 @@ def read(path: str | Path) -> Recording:
         return _recording(document)
     except _Wrong as wrong:
         raise ConfigError(f"{path}: {wrong}; want a file of duck generate --trace") from None
+
+
+def recording_of(trace: Trace) -> Recording:
+    """What a trace would have written, read back."""
+    about = {"format": FORMAT, **trace.facts, "ducks": list(trace.ducks), "dropped": {}}
+    return _recording({"traceEvents": list(trace.events()), "otherData": about})
 
 
 def _text(path: Path) -> bytes:

@@ -290,16 +290,14 @@ def _predicted(
     """A step of the measured stages, simulated; None where a stage was not measured."""
     if schedule not in SCHEDULES or not steps or not asks:
         return None
-    times, draft = measured_times(len(steps), device, asks)
+    times, draft = measured_times(device, asks)
     if times is None or (schedule == "wave" and not draft):
         return None
     sessions = len({_key(span.args) for span in steps}) if schedule == "pingpong" else 1
     return simulate(times, schedule, draft=draft, sessions=sessions).step_ms
 
 
-def measured_times(
-    steps: int, device: Sequence[Span], asks: Sequence[Asked]
-) -> tuple[Times | None, bool]:
+def measured_times(device: Sequence[Span], asks: Sequence[Asked]) -> tuple[Times | None, bool]:
     """What a step was made of, in medians; and whether it made drafts.
 
     Layers are counted from the asks, so a trace of part of a model predicts that part.

@@ -21,7 +21,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import struct
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,11 +32,11 @@ import numpy as np
 
 from duck.errors import ConfigError
 
-# Newest records kept: at about 200 bytes a span and 1 KiB an ask of 32 ducks this stays below
+# Newest records kept: at about 300 bytes a span and 170 for each duck of an ask this stays below
 # 100 MB, and the file below what a browser opens.
-SPANS = 200_000
+SPANS = 150_000
 COUNTS = 50_000
-ASK_EVENTS = 600_000  # events that the asks become: each duck's span and flow
+ASK_EVENTS = 400_000  # events that the asks become: each duck's span and flow
 
 NO_LAYER = -1
 HOST, DUCKS = 1, 2  # process ids in the file
@@ -103,8 +102,6 @@ class Trace:
         self._counts: deque[tuple[str, float, float]] = deque(maxlen=counts)
         self._seen = {name: itertools.count() for name in ("spans", "asks", "counts")}
         self._span_seen, self._ask_seen, self._count_seen = self._seen.values()
-        self._stamps = struct.Struct(f"<{2 * len(self.ducks)}I")
-        self._times = struct.Struct(f"<{len(self.ducks)}d")
 
     def about(self, **facts: Any) -> None:
         """Add to what the file says about the run."""
@@ -127,19 +124,14 @@ class Trace:
         arrived: Sequence[float] | None = None,
         **args: Any,
     ) -> None:
-        """Note an ask that was answered.
+        """Note an ask that was answered. What is given is kept, not copied: leave it as it is.
 
-        ducks_us: (queue, compute) microseconds of every duck, each below 2**32; ids: (rows, top_k)
-        experts asked for; arrived: when each duck's answer was whole, if somebody looked; args:
-        plain values, such as the session and lane.
+        ducks_us: (queue, compute) microseconds of every duck; ids: (rows, top_k) experts asked for;
+        arrived: when each duck's answer was whole, if somebody looked; args: plain values, such as
+        the session and lane.
         """
         next(self._ask_seen)
-        flat = itertools.chain.from_iterable(ducks_us)
-        times = None if arrived is None else self._times.pack(*arrived)
-        experts = np.asarray(ids, np.int32).tobytes()
-        self._asks.append(
-            (layer, sent, done, self._stamps.pack(*flat), times, len(ids), experts, args or None)
-        )
+        self._asks.append((layer, sent, done, ducks_us, ids, arrived, args))
 
     def count(self, name: str, at: float, value: float) -> None:
         """Note a counter's value."""
@@ -158,12 +150,9 @@ class Trace:
     def asks(self) -> list[AskSpan]:
         """The asks kept, in the order of recording."""
         found = []
-        for layer, sent, done, stamps, times, rows, experts, args in tuple(self._asks):
-            flat = self._stamps.unpack(stamps)
-            arrived = (done,) * len(self.ducks) if times is None else self._times.unpack(times)
-            ids = np.frombuffer(experts, np.int32).reshape(rows, -1)
-            pairs = tuple(zip(flat[::2], flat[1::2], strict=True))
-            found.append(AskSpan(layer, rows, sent, done, pairs, arrived, ids, args or {}))
+        for layer, sent, done, ducks_us, ids, times, args in tuple(self._asks):
+            arrived = (done,) * len(self.ducks) if times is None else tuple(times)
+            found.append(AskSpan(layer, len(ids), sent, done, tuple(ducks_us), arrived, ids, args))
         return found
 
     def counts(self) -> list[tuple[str, float, float]]:

@@ -379,6 +379,12 @@ class _Expected:
     quantisable: bool = False
 
 
+def shapes_without_experts(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a model loads but for the routed experts and scales."""
+    wanted = _expected(config)
+    return {want.name: want.shape for want in wanted if ".mlp.experts." not in want.name}
+
+
 def _expected(config: ModelConfig) -> Iterator[_Expected]:
     """Every tensor of a checkpoint but scales. Names and shapes: DeepSeek's published files."""
     hidden = config.hidden_size

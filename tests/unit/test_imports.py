@@ -117,7 +117,8 @@ def test_model_and_kernels_know_no_asyncio(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["duck", "duck.cli", "duck.node", "duck.local", "duck.flock", "duck.slices"]
+    "module",
+    ["duck", "duck.cli", "duck.node", "duck.local", "duck.flock", "duck.slices", "duck.synthetic"],
 )
 def test_what_a_duck_needs_loads_nothing_heavy(module: str) -> None:
     assert not loaded_by(module, MODULES) & set(HEAVY)
