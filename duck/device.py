@@ -26,8 +26,9 @@ Result = TypeVar("Result")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# How many later pieces of work may overtake one of a stage that nothing urgent waits for. Counted
-# in pieces, not in time: the same order on a fast device and on a slow one.
+# A piece of work of these stages stands in the queue as if it had come so many pieces later:
+# nothing urgent waits for it. In pieces, not in time: the same order on a fast device and on a
+# slow one, and nothing waits for ever.
 OVERTAKEN = {"shared": 4, "feed": 4, "guess": 8, "head": 8}
 
 # The interpreter lets a thread run on for 5 ms when another wants to; the event loop would hear
@@ -52,11 +53,15 @@ class Stage:
 
 
 class Ran(NamedTuple, Generic[Result]):
-    """What a piece of work gave, and when it ran, on the clock of whoever ran it."""
+    """What a piece of work gave, and when it ran, on the clock of whoever ran it.
+
+    late: seconds until the event loop heard that it had ended.
+    """
 
     result: Result
     begun: float
     ended: float
+    late: float = 0.0
 
 
 class Device:
@@ -144,7 +149,7 @@ class Device:
         if future.done():
             return
         if error is None:
-            future.set_result(ran)
+            future.set_result(ran._replace(late=time.perf_counter() - ran.ended))
         else:
             future.set_exception(error)
             # Who waits may be cancelled before it looks: then nobody needs to hear of it.

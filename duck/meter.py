@@ -64,7 +64,7 @@ class Stages:
         self._asks: dict[int, tuple[Average, Average]] = {}  # (duck, wire) of asks of n rows
 
     def worked(self, stage: str, rows: int, seconds: float, *, late: float) -> None:
-        """The device did a piece of work; late: seconds until whoever waited for it went on."""
+        """The device did a piece of work; late: seconds until the loop heard."""
         self.late_s.append(late)
         self._device_s += seconds
         self._device.setdefault((stage, rows), Average()).add(seconds)

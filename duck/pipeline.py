@@ -325,10 +325,9 @@ class Pipeline:
 
     async def _compute(self, stage: Stage, work: Callable[[], Result]) -> Result:
         ran = await self._device.run(stage, work)
-        now = self._clock()
-        self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun, late=now - ran.ended)
+        self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun, late=ran.late)
         if self._trace.on:
-            self._trace.count("loop late ms", now, (now - ran.ended) * 1e3)
+            self._trace.count("loop late ms", ran.ended + ran.late, ran.late * 1e3)
             self._trace.span(
                 "device", stage.name, ran.begun, ran.ended, stage.layer,
                 lane=stage.lane, session=stage.session, rows=stage.rows,
