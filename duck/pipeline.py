@@ -433,23 +433,22 @@ class Pipeline:
         When the guess equals the token then settled, its row counts too; else the next step
         overwrites its KV.
         """
-        with self._steps.joined():
-            first = await self._first(session, sampling)
-            session.tokens.append(first.token)
-            yield first
-            index = 1
-            while index < limit:
-                if self._mtp is not None and session.unfed > UNFED_ROWS:
-                    await self._feed(self._mtp, session)
-                session.reserve(session.length + 2)
-                # A guess is worth its row only if the step could settle two more tokens.
-                bet = Bet(session, sampling, meter, may_draft=limit - index > 1)
-                outcome = await self._steps.step(bet)
-                self._apply(bet, outcome, index)
-                for settled in outcome.settled:
-                    session.tokens.append(settled.token)
-                    index += 1
-                    yield settled
+        first = await self._first(session, sampling)
+        session.tokens.append(first.token)
+        yield first
+        index = 1
+        while index < limit:
+            if self._mtp is not None and session.unfed > UNFED_ROWS:
+                await self._feed(self._mtp, session)
+            session.reserve(session.length + 2)
+            # A guess is worth its row only if the step could settle two more tokens.
+            bet = Bet(session, sampling, meter, may_draft=limit - index > 1)
+            outcome = await self._steps.step(bet)
+            self._apply(bet, outcome, index)
+            for settled in outcome.settled:
+                session.tokens.append(settled.token)
+                index += 1
+                yield settled
 
     async def _first(self, session: Session, sampling: Sampling) -> Settled:
         """The token after the prompt, from the hidden row that prefill left."""
@@ -575,15 +574,12 @@ class Pipeline:
         proposed = sum(outcome.guess is not None for outcome in outcomes)
         if way.draft and not proposed:
             return  # an answer's last token: such a step tells nothing about drafts
-        sessions = self._steps.sessions
         accepted = sum(len(outcome.settled) - 1 for outcome in outcomes)
-        due = self.chooser.note(
-            way, ended - begun, sessions=sessions, proposed=proposed, accepted=accepted
-        )
-        if due:
+        if self.chooser.note(way, ended - begun, proposed=proposed, accepted=accepted):
             moe = sum(layer.is_moe for layer in self._model.layers)
             times = self.stages.times(moe, len(self._model.layers) - moe)
-            choice = self.chooser.decide(times, sessions=sessions)
+            sessions = self._steps.sessions
+            choice = self.chooser.decide(way, times, sessions=sessions)
             _log.info("schedule_chosen", way=str(choice.way), sessions=sessions, why=choice.why)
 
     # score

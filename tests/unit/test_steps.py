@@ -56,8 +56,7 @@ def steps(schedule: str, runs: Runs) -> Steps[Talker, str]:
 
 
 async def talk(steps: Steps[Talker, str], name: str, times: int) -> list[str]:
-    with steps.joined():
-        return [await steps.step(Talker(name)) for _ in range(times)]
+    return [await steps.step(Talker(name)) for _ in range(times)]
 
 
 @pytest.mark.parametrize(
@@ -122,18 +121,17 @@ def test_what_a_step_works_on_is_lent_until_it_ends() -> None:
     async def main() -> None:
         together = steps("batch", runs)
         leader, follower = Talker("a"), Talker("b")
-        with together.joined():
-            first = asyncio.create_task(together.step(leader))
-            second = asyncio.create_task(together.step(follower))
-            await asyncio.sleep(0.5)
-            second.cancel()
-            await asyncio.sleep(0)
-            # It may leave at once, but the step goes on with what is its.
-            assert second.cancelled()
-            assert follower.lent is not None
-            assert not follower.lent.done()
-            assert await first == "A"
-            assert follower.lent.done()
+        first = asyncio.create_task(together.step(leader))
+        second = asyncio.create_task(together.step(follower))
+        await asyncio.sleep(0.5)
+        second.cancel()
+        await asyncio.sleep(0)
+        # It may leave at once, but the step goes on with what is its.
+        assert second.cancelled()
+        assert follower.lent is not None
+        assert not follower.lent.done()
+        assert await first == "A"
+        assert follower.lent.done()
 
     run(main())
     assert runs.groups == ["ab"]
