@@ -193,6 +193,8 @@ class Engine:
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)
+            # The worker may be adding answers up: it ends before their memory goes.
+            stack.callback(device.close)
             await flock.start()
             pipeline = Pipeline(
                 model, device, flock,
