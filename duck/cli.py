@@ -152,8 +152,11 @@ def _parser() -> argparse.ArgumentParser:
         "--store", metavar="DIR",
         help="read packed layers (duck pack); what the folder lacks is sent by the host, and kept",
     )  # fmt: skip
-    node.add_argument("--key-file", metavar="F", help="(planned) the cluster's key")
-    node.add_argument(
+    security = node.add_mutually_exclusive_group()
+    security.add_argument(
+        "--key-file", metavar="F", help="the cluster's key: serve only hosts that have it too"
+    )
+    security.add_argument(
         "--insecure",
         action="store_true",
         help="listen on other addresses than loopback without a key",
@@ -187,6 +190,15 @@ def _parser() -> argparse.ArgumentParser:
     pack.set_defaults(command=_pack)
 
     bench.add_parser(commands, common)
+
+    key = commands.add_parser(
+        "key", parents=[common], help="make the key that a host and its ducks share",
+        description="Write a new random key to FILE. Copy it to the host and to every duck, by a "
+        "way that nobody else can read, and give it to them as --key-file.",
+    )  # fmt: skip
+    key.add_argument("file", metavar="FILE")
+    key.set_defaults(command=_key)
+
     _trace_parser(commands, common)
     for name in PLANNED:
         commands.add_parser(name, help="(planned)", add_help=False)
@@ -216,7 +228,8 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         help="local:N, HOST:PORT,HOST:PORT or flock.toml (default: local:2)",
     )  # fmt: skip
     helps = {
-        "transport": "tcp, or loopback: all ducks inside this process",
+        "transport": "auto: shm for local:N, else tcp; multicast: asks by UDP, once for all ducks; "
+        "loopback: all ducks in this process",
         "placement": "how experts are spread over ducks",
         "schedule": "how rows are grouped and ordered (auto: by measured times)",
         "draft": "guess the next token with the model's MTP layer (auto: while it pays)",
@@ -232,6 +245,10 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
             shown += f" (planned: {', '.join(planned)})"
         default = "equal" if name == "placement" else "auto"
         flock.add_argument(f"--{name}", default=default, metavar="X", help=f"{shown}: {text}")
+    flock.add_argument(
+        "--key-file", metavar="F",
+        help="the cluster's key (duck key F makes one): all ducks must have it too",
+    )  # fmt: skip
     flock.add_argument(
         "--trace", metavar="OUT.json",
         help="write what happened when, for ui.perfetto.dev and duck trace summarize (.gz: packed)",
@@ -259,7 +276,15 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The Engine's options among the command line's."""
-    return {name: getattr(arguments, name) for name in ("ducks", *CHOICES, "trace")}
+    options = {name: getattr(arguments, name) for name in ("ducks", *CHOICES, "trace")}
+    return {**options, "key_file": _path(arguments.key_file, "--key-file")}
+
+
+def _path(text: str | None, flag: str) -> Path | None:
+    """A path that was given, or none."""
+    if text == "":
+        raise ConfigError(f"{flag} is empty: give the path of a file")
+    return Path(text) if text else None
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
@@ -344,10 +369,6 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _node(arguments: argparse.Namespace) -> int:
-    if arguments.key_file is not None:
-        raise ConfigError(
-            "--key-file is not built yet; listen on a loopback address, or --insecure"
-        )
     # Numpy's BLAS must not split one row over threads: N ducks on one box would fight over its
     # cores, and a row's bits would depend on the machine. It reads this when numpy is loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -362,10 +383,24 @@ def _node(arguments: argparse.Namespace) -> int:
         model=model_folder(arguments.model) if arguments.model else None,
         store=Path(arguments.store) if arguments.store else None,
         kernel=Kernel(arguments.threads, arguments.spin_us, arguments.pin),
+        key_file=_path(arguments.key_file, "--key-file"),
         insecure=arguments.insecure,
         parent=arguments.parent,
         as_json=arguments.json,
     )
+    return 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    from duck.keys import ClusterKey
+
+    path = _path(arguments.file, "FILE")
+    assert path is not None
+    key = ClusterKey.create(path)
+    if arguments.json:
+        write_json({"key_file": str(path), "fingerprint": key.fingerprint})
+    else:
+        sys.stdout.write(f"key {key.fingerprint} written to {plain(str(path))}\n")
     return 0
 
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import structlog
@@ -25,6 +25,7 @@ from duck.device import Device, limit_threads, switching_fast
 from duck.errors import ConfigError
 from duck.flock import Flock
 from duck.kernels import library
+from duck.keys import ClusterKey
 from duck.local import LocalDucks, threads_each
 from duck.meter import Meter, Totals, overlap_efficiency
 from duck.model.config import ModelConfig
@@ -40,9 +41,14 @@ from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
 from duck.slices import ModelSource, layer_stream, resident_format, slice_of
 from duck.trace import OFF, Trace
+from duck.transports import shm
 from duck.transports.base import Transport
+from duck.transports.control import FlockTransport
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.tcp import TcpTransport
+from duck.transports.planes import host_plane
+
+if TYPE_CHECKING:
+    from duck.transports.tls import Credentials
 
 Loaded = TypeVar("Loaded")
 
@@ -96,7 +102,7 @@ class Engine:
         """Load a model folder ("demo": the shipped one) and gather its flock.
 
         options: as on the command line: ducks, transport, placement, schedule, draft, early,
-        device, dtype, answers.
+        device, dtype, answers, key_file, trace.
 
         Raises:
             ConfigError, WeightsError: the folder or an option cannot be used.
@@ -116,6 +122,8 @@ class Engine:
                 f"{folder}: no layer has routed experts; duck runs mixtures of experts"
             )
         ducks = Ducks.parse(chosen.ducks)
+        key_path = chosen.key_path()
+        key = ClusterKey.read(key_path) if key_path else None
         slices = placement.equal_slices(config.moe_intermediate_size, ducks.count)
         checkpoint = Checkpoint.open(folder)
         checkpoint.check(config)
@@ -133,13 +141,15 @@ class Engine:
                 stack.callback(trace.write, chosen.trace)
             device = Device(chosen.device, chosen.dtype)
             stack.callback(device.close)
-            in_process = chosen.transport == "loopback"
+            kind = _transport_kind(chosen, ducks)
+            in_process = kind == "loopback"
+            plane = host_plane(kind, ducks.network)  # refuses before anything is loaded
             local: LocalDucks | None = None
-            if in_process or ducks.local:
+            if in_process or ducks.local or kind == "shm":
                 # Compiled now if need be: they would all do so at once, and be late.
                 await _load(lambda _: library.native())
             if ducks.local and not in_process:
-                local = LocalDucks.launch(ducks.local, folder)  # they start while we load
+                local = LocalDucks.launch(ducks.local, folder, key_path)  # they start while we load
                 stack.callback(local.kill)
             plan = Plan(
                 model=await _load(lambda _: experts_digest(checkpoint, config)),
@@ -173,11 +183,13 @@ class Engine:
                 if local:
                     await local.listening()
                     addresses, labels = local.addresses, local.labels
-                transport = TcpTransport(
+                transport = FlockTransport(
                     addresses,
+                    plane,
                     labels,
                     lambda duck, done, total: note(f"duck {duck}", done, total),
                     lambda duck, layer: layer_stream(checkpoint, slice_of(plan, duck), layer),
+                    _credentials(key),
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)
@@ -188,14 +200,13 @@ class Engine:
                 model, device, flock,
                 schedule=chosen.schedule, draft=chosen.draft, early=chosen.early, trace=trace,
             )  # fmt: skip
-            served = "loopback" if in_process else "tcp"
             trace.about(
-                model=folder.name, transport=served, dtype=device.dtype_name,
+                model=folder.name, transport=kind, dtype=device.dtype_name,
                 # What a duck reads for each expert that an ask names.
                 expert_bytes=[slice_of(plan, duck).record_bytes for duck in range(plan.ducks)],
             )  # fmt: skip
             load = _report(checkpoint, model, plan, transport.attached)
-            yield cls(prompts, model, pipeline, plan, served, load)
+            yield cls(prompts, model, pipeline, plan, kind, load)
 
     # answers
 
@@ -347,6 +358,14 @@ class _Run:
         return self.meter.schedules.most_common(1)[0][0]
 
 
+def _credentials(key: ClusterKey | None) -> Credentials | None:
+    if key is None:
+        return None
+    from duck.transports.tls import Credentials, Role  # slow to import, and only needed now
+
+    return Credentials(key, Role.HOST)
+
+
 def _report(
     checkpoint: Checkpoint, model: Transformer, plan: Plan, attached: Sequence[Mapping[str, Any]]
 ) -> LoadReport:
@@ -361,6 +380,13 @@ def _report(
             for duck, part in enumerate(plan.slices)
         ],
     )
+
+
+def _transport_kind(options: Options, ducks: Ducks) -> str:
+    """The transport that is meant by "auto"."""
+    if options.transport != "auto":
+        return options.transport
+    return "shm" if ducks.local and shm.is_available() else "tcp"
 
 
 def _shape(config: ModelConfig, device: Device, options: Options) -> wire.Shape:

@@ -45,10 +45,7 @@ class FlockAsk:
         """
         assert self._rows is not None
         partials = self._rows.partials(self._ask.count)
-        total: np.ndarray = np.array(wire.to_float32(partials[0]))
-        with np.errstate(over="ignore", invalid="ignore"):  # we look at the sum below
-            for partial in partials[1:]:
-                total += wire.to_float32(partial)
+        total = add_up(partials)
         if not np.isfinite(total).all():
             finite = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
             bad = [str(duck) for duck, good in enumerate(finite) if not good]
@@ -84,6 +81,18 @@ class FlockAsk:
     def done_at(self) -> float:
         """When the last answer was whole."""
         return self._ask.done_at
+
+
+def add_up(partials: np.ndarray) -> np.ndarray:
+    """(T, hidden) float32: partial sums (ducks, T, hidden) added in duck order.
+
+    It may overflow, or be made of what is not finite: that is for the caller to look at.
+    """
+    total: np.ndarray = np.array(wire.to_float32(partials[0]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for partial in partials[1:]:
+            total += wire.to_float32(partial)
+    return total
 
 
 class Flock:

@@ -24,7 +24,9 @@ from duck.model.weights import ExpertWeights
 from duck.node import Kernel, Node
 from duck.placement import Slice
 from duck.slices import Arena, Check, Progress
-from duck.transports.tcp import TcpDuckEnd, TcpTransport
+from duck.transports.listen import ListeningDuck
+from duck.transports.planes import duck_planes
+from duck.transports.tcp import TcpTransport
 
 START_S = 60.0
 # So many experts are made; the others are copies of them, elsewhere in memory and read as any.
@@ -130,4 +132,4 @@ def _serve(connection: Connection, threads: int) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     node = Node(RandomSource(), Kernel(threads))
-    asyncio.run(TcpDuckEnd("127.0.0.1:0", connection.send).serve(node))
+    asyncio.run(ListeningDuck("127.0.0.1:0", connection.send, duck_planes()).serve(node))

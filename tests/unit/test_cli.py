@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from duck import cli
+from duck.keys import ClusterKey
 from duck.model.config import ModelConfig
 from duck.model.weights import Checkpoint
 from tests.checkpoints import make_checkpoint
@@ -52,8 +53,10 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "nowhere"), "want local:N, HOST:PORT"),
         (("generate", "MODEL", *IDS, "--ducks", "a:1,a:1"), "appears twice"),
         (("generate", "MODEL", *IDS, "--ducks", "none.toml"), "none.toml: No such file"),
-        (("generate", "MODEL", *IDS, "--ducks", "local:64", "--transport", "shm"), "not built yet"),
-        (("generate", "MODEL", *IDS, "--transport", "pigeon"), "want one of auto, loopback, tcp"),
+        (
+            ("generate", "MODEL", *IDS, "--transport", "pigeon"),
+            "want one of auto, loopback, shm, tcp, multicast",
+        ),
         (("generate", "MODEL", *IDS, "--schedule", "tide"), "want one of auto, serial, batch"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
         (("generate", "MODEL", *IDS, "--trace", "no/dir/t.json"), "no such folder: no/dir"),
@@ -71,6 +74,16 @@ IDS = ("--prompt-ids", "5,6,7")
         (("bench", "kernel", "--memory-gib", "9e9"), "free, want less"),
         (("bench", "kernel", "--repeats", "0"), "--repeats 0: want more than 0"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
+        (("node", "--listen", "0.0.0.0:1", "--model", "MODEL", "--key-file", "x"), "duck key x"),
+        (
+            ("node", "--listen", "0.0.0.0:1", "--model", "M", "--key-file", "x", "--insecure"),
+            "--insecure: not allowed with argument --key-file",
+        ),
+        (("generate", "MODEL", *IDS, "--key-file", "none.key"), "none.key: No such file"),
+        (("generate", "MODEL", *IDS, "--key-file", ""), "--key-file is empty"),
+        (("generate", "MODEL", *IDS, "--key-file", __file__), "chmod 600"),
+        (("key", ""), "FILE is empty"),
+        (("key", __file__), "exists already"),
         (("node", "--listen", "127.0.0.1", "--model", "MODEL"), "want HOST:PORT"),
         (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
         (("node", "--listen", "127.0.0.1:0", "--store", "x", "--threads", "-1"), "--threads -1"),
@@ -103,6 +116,27 @@ def test_generate_json(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     assert [chances["token"] for chances in told["logprobs"]] == answer["token_ids"]
 
 
+def test_a_key_is_made_and_used(
+    capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "pond.key"
+    code, out, err = run(capfd, "key", path)
+    assert (code, err) == (0, "")
+    fingerprint = ClusterKey.read(path).fingerprint
+    assert out == f"key {fingerprint} written to {path}\n"
+    code, out, _ = run(capfd, "key", tmp_path / "other.key", "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert set(told) == {"key_file", "fingerprint"}
+    assert told["fingerprint"] != fingerprint
+    words = ("generate", folder, *IDS, "--max-tokens", "6", "--ignore-eos", "--json")
+    plain = json.loads(run(capfd, *words, "--transport", "tcp")[1])
+    for transport in ("tcp", "shm"):
+        code, out, err = run(capfd, *words, "--transport", transport, "--key-file", path)
+        assert (code, err) == (0, "")
+        assert json.loads(out)["token_ids"] == plain["token_ids"]
+
+
 @pytest.mark.parametrize("schedule", ["serial", "batch", "wave"])
 def test_trace_of_an_answer(
     capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, schedule: str
@@ -132,7 +166,7 @@ def test_trace_of_an_answer(
     assert figures["common_experts"] == pytest.approx(answer["stats"]["expert_overlap"])
 
 
-@pytest.mark.parametrize("transport", ["loopback", "tcp"])
+@pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
 def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transport: str) -> None:
     words = ("generate", folder, *IDS, "--max-tokens", "2", "--transport", transport, "-v")
     code, out, _ = run(capfd, *words, "--json")
@@ -195,7 +229,7 @@ def test_flock_toml(capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: P
         ('[[duck]]\naddress = "127.0.0.1:1"\nweight = 3\n', "weights are not built yet"),
         (
             '[host]\nkey_file = "k"\n[[duck]]\naddress = "127.0.0.1:1"\n',
-            "key_file is not built yet",
+            "k: No such file",
         ),
         ("not toml", "flock.toml"),
         ('[[duck]]\nname = "kitchen"\naddress = "127.0.0.1:1"\n', "cannot reach duck 0 (kitchen"),
