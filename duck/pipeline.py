@@ -511,7 +511,8 @@ class Pipeline:
             outcomes = await self._settle(bets, guesses, hidden)
         for bet in bets:
             bet.meter.schedules[way.policy.name] += 1
-            bet.meter.experts(*_experts_of(bet.session, lanes))
+            if lanes[0].ids:  # else only the MTP layer has experts
+                bet.meter.experts(*_experts_of(bet.session, lanes))
         self._note(bets, outcomes, way, begun)
         return outcomes
 

@@ -92,9 +92,7 @@ async def test_equals_transformers(name: str, tmp_path: Path) -> None:
     greedy = duck.Sampling(max_tokens=DECODED, temperature=0, ignore_eos=True)
     ducks = f"local:{1 + seed % 3}"  # three slices of 192 columns start inside a block of 128
     drafts: list[list[int]] = []
-    # Always drafting: `auto` would soon stop, since a random model's guesses are hardly ever right.
-    options = {"ducks": ducks, "transport": "loopback", "draft": "mtp"}
-    async with duck.Engine.open(folder, **options) as engine:
+    async with duck.Engine.open(folder, ducks=ducks, transport="loopback", draft="mtp") as engine:
         done = await engine.generate(prompt, greedy)
         ids = prompt + done.token_ids
         if truth.has_mtp:
