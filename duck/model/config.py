@@ -75,7 +75,9 @@ class ModelConfig:
     rope: Rope
     max_position_embeddings: int
     tie_word_embeddings: bool
-    index_topk: int | None  # keys a row attends to, of deepseek_v32; None: all
+    index_topk: int | None  # keys a row attends to, which the indexer picks; None: all
+    index_n_heads: int  # of the indexer; 0 without one
+    index_head_dim: int
     weight_block_size: tuple[int, int] | None  # (rows, columns) of one fp8 scale; None: not fp8
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -119,6 +121,7 @@ class ModelConfig:
         layers = keys.integer("num_hidden_layers", least=1)
         if layers > MOST_LAYERS:
             raise keys.error("num_hidden_layers", f"{layers} is more than {MOST_LAYERS}")
+        topk = keys.integer_or_none("index_topk", least=1)
         config = cls(
             model_type=model_type,
             vocab_size=keys.integer("vocab_size", least=1),
@@ -156,7 +159,9 @@ class ModelConfig:
             rope=_rope(keys),
             max_position_embeddings=keys.integer("max_position_embeddings", least=1),
             tie_word_embeddings=keys.boolean("tie_word_embeddings", default=False),
-            index_topk=keys.integer_or_none("index_topk", least=1),
+            index_topk=topk,
+            index_n_heads=0 if topk is None else keys.integer("index_n_heads", least=1),
+            index_head_dim=0 if topk is None else keys.integer("index_head_dim", least=1),
             weight_block_size=_block_size(keys),
             bos_token_id=keys.integer_or_none("bos_token_id", least=0),
             eos_token_ids=_eos(keys, _Keys(generation, str(folder / "generation_config.json"))),
@@ -174,17 +179,6 @@ class ModelConfig:
         """Indices of the layers with routed experts, the MTP layer (num_hidden_layers) included."""
         # first_k_dense_replace never reaches the MTP layer: it is at most num_hidden_layers.
         return tuple(range(self.first_k_dense_replace, self.num_hidden_layers + self.mtp_layers))
-
-    @property
-    def max_context(self) -> int:
-        """Tokens a session may hold.
-
-        With index_topk a row attends to so many keys that an indexer picks. Up to that many tokens
-        it attends to all, and dense attention is exact; beyond, the indexer would be needed.
-        """
-        if self.index_topk is None:
-            return self.max_position_embeddings
-        return min(self.max_position_embeddings, self.index_topk)
 
     def _check(self, keys: _Keys) -> None:
         """Refuse what is set to something this package does not compute, or contradicts itself."""
@@ -204,6 +198,8 @@ class ModelConfig:
             raise keys.error("qk_rope_head_dim", f"{self.qk_rope_head_dim} is odd")
         if self.model_type == "deepseek_v32" and self.index_topk is None:
             raise keys.error("index_topk", "missing, but deepseek_v32 needs it")
+        if self.index_topk is not None:
+            self._check_indexer(keys)
         if self.model_type == "deepseek_v2" and self.norm_topk_prob:
             # Its authors skip the scaling factor then, others apply both: no checkpoint has it.
             raise keys.error("norm_topk_prob", "true is not supported for deepseek_v2")
@@ -232,6 +228,17 @@ class ModelConfig:
             for token in ids:
                 if token >= self.vocab_size:
                     raise keys.error(key, f"{token} is not below vocab_size {self.vocab_size}")
+
+    def _check_indexer(self, keys: _Keys) -> None:
+        width = self.index_head_dim
+        if self.q_lora_rank is None:
+            raise keys.error("q_lora_rank", "null, but the indexer (index_topk) reads that latent")
+        if width & (width - 1):
+            raise keys.error("index_head_dim", f"{width} is no power of two")
+        if width < self.qk_rope_head_dim:
+            raise keys.error(
+                "index_head_dim", f"{width} is below qk_rope_head_dim {self.qk_rope_head_dim}"
+            )
 
 
 class _Keys:

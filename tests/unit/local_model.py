@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from duck.model.config import ModelConfig
+from duck.model.holding import Holding
 from duck.model.transformer import DecoderLayer, KVCache, Transformer
 from duck.model.weights import Checkpoint
 
@@ -16,13 +18,13 @@ from duck.model.weights import Checkpoint
 class LocalModel:
     """`duck.model` with its experts in the same process."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, dtype: str = "float32", **options: Any) -> None:
+        """options: as Holding.choose has them."""
         self.folder = folder
         self.config = ModelConfig.load(folder)
         checkpoint = Checkpoint.open(folder)
-        self.model = Transformer.load(
-            checkpoint, self.config, device=torch.device("cpu"), dtype=dtype
-        )
+        holding = Holding.choose(self.config, dtype=dtype, **options)
+        self.model = Transformer.load(checkpoint, self.config, holding, device=torch.device("cpu"))
         columns = range(self.config.moe_intermediate_size)
         self.experts = {
             (layer, expert): [
