@@ -1,6 +1,4 @@
-"""What a user may ask of an Engine, checked once: the command line's options under their Python
-names.
-"""
+"""What a user may ask of an Engine, checked once; the command line's options, by their names."""
 
 from __future__ import annotations
 
@@ -68,6 +66,8 @@ class Options:
                 )
             if value not in ready:
                 raise ConfigError(f"--{name} {value!r}: want one of {', '.join(ready)}")
+        if not isinstance(self.ducks, str):
+            raise ConfigError(f"--ducks {self.ducks!r}: want a text, as local:2 or HOST:PORT")
         flock = Ducks.parse(self.ducks)
         if self.transport == "loopback" and flock.local is None:
             raise ConfigError(
@@ -118,7 +118,7 @@ class Ducks:
             document = tomllib.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"--ducks {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no path, no UTF-8, or no TOML
             raise ConfigError(f"--ducks {path}: {error}") from error
         _known(path, "the file", document, {"host", "duck"})
         host = document.get("host", {})

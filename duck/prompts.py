@@ -5,6 +5,7 @@ Checked before anything large is loaded, so that a bad prompt costs seconds, not
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Prompts:
 
     def __init__(self, folder: Path) -> None:
         self.config = ModelConfig.load(folder)
-        has_text = (folder / "tokenizer.json").exists()
+        has_text = (folder / "tokenizer.json").is_file()
         self.tokenizer = Tokenizer.load(folder) if has_text else None
 
     def encode(self, prompt: Prompt, *, chat: bool = False, answer: bool = True) -> list[int]:
@@ -47,6 +48,8 @@ class Prompts:
             if not prompt:
                 raise empty
             ids = self._chat([{"role": "user", "content": prompt}]) if chat else self._text(prompt)
+        elif not hasattr(prompt, "__getitem__") or not hasattr(prompt, "__len__"):
+            raise ConfigError(f"prompt {prompt!r}: want a text, token ids or messages")
         elif len(prompt) and isinstance(prompt[0], Mapping):
             ids = self._chat(prompt)
         elif chat:
@@ -91,9 +94,13 @@ class Prompts:
 
     def _checked(self, id_: Any) -> int:
         vocabulary = self.config.vocab_size
-        if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < vocabulary:
+        try:
+            number = -1 if isinstance(id_, bool) else operator.index(id_)  # numpy's integers too
+        except TypeError:
+            number = -1
+        if not 0 <= number < vocabulary:
             raise ConfigError(f"prompt id {id_!r}: the vocabulary has ids 0..{vocabulary - 1}")
-        return id_
+        return number
 
     def _text(self, text: str) -> list[int]:
         return self._tokenizer().encode(text)

@@ -261,6 +261,8 @@ _BYTE_OF = _byte_characters()
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"cannot read {path}: not a file")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"no {path.name} in {path.parent}: text needs a tokenizer") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,3 +131,9 @@ def test_split_address() -> None:
 def test_what_only_this_machine_reaches() -> None:
     assert all(map(is_loopback, ["127.0.0.1", "127.3.4.5", "::1", "localhost"]))
     assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "pond", "127.0.0.1.evil", ""]))
+
+
+@pytest.mark.parametrize("ducks", [5, None, ["h:1"], "\0.toml"])
+def test_ducks_of_the_wrong_kind(ducks: Any) -> None:
+    with pytest.raises(ConfigError, match="--ducks"):
+        Options(ducks=ducks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,11 +186,14 @@ async def test_logprobs(folder: Path) -> None:
         ([1, 288], "prompt id 288: the vocabulary has ids 0..287"),
         ([1, -1], "prompt id -1"),
         ([1, True], "prompt id True"),
+        ([1, "2"], "prompt id '2'"),
+        (5, "prompt 5: want a text, token ids or messages"),
+        (None, "prompt None"),
         ([7] * 2560, "the prompt has 2560 tokens; the model's context is 2560 tokens"),
     ],
-    ids=["text", "ids", "high", "low", "bool", "long"],
+    ids=["text", "ids", "high", "low", "bool", "str", "number", "none", "long"],
 )
-async def test_bad_prompts(folder: Path, prompt: str | list[int], found: str) -> None:
+async def test_bad_prompts(folder: Path, prompt: Any, found: str) -> None:
     async with Engine.open(folder, ducks="local:1", transport="loopback") as engine:
         with pytest.raises(duck.ConfigError, match=found):
             await engine.generate(prompt, GREEDY)
