@@ -205,6 +205,8 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         "draft": "guess the next token with the model's MTP layer (auto: if it has one)",
         "device": "where attention runs (auto: cuda if there is one)",
         "dtype": "auto: float32 on cpu, bfloat16 on cuda",
+        "kv": "what cached latents are held in (auto: dtype)",
+        "indexer": "rounding of sparse attention's choice (auto: exact in float32, else fp8)",
         "answers": "f32: partial sums travel in float32 even when asks travel in bfloat16",
     }
     for name, text in helps.items():
@@ -214,6 +216,10 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
             shown += f" (planned: {', '.join(planned)})"
         default = "equal" if name == "placement" else "auto"
         flock.add_argument(f"--{name}", default=default, metavar="X", help=f"{shown}: {text}")
+    flock.add_argument(
+        "--max-len", type=int, metavar="N",
+        help="tokens a session may hold (default: the model's context, if memory has room)",
+    )  # fmt: skip
     flock.add_argument("--trace", metavar="OUT.json", help="(planned) write a trace")
 
 
@@ -244,7 +250,7 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if arguments.trace is not None:
         raise ConfigError("--trace is not built yet; leave it out")
-    return {name: getattr(arguments, name) for name in ("ducks", *CHOICES)}
+    return {name: getattr(arguments, name) for name in ("ducks", "max_len", *CHOICES)}
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:

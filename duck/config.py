@@ -18,6 +18,8 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "draft": (("auto", "mtp", "off"), ()),
     "device": (("auto", "cpu", "cuda"), ()),
     "dtype": (("auto", "float32", "bfloat16"), ()),
+    "kv": (("auto", "bf16", "fp8"), ()),
+    "indexer": (("auto", "exact", "fp8"), ()),
     "answers": (("auto", "f32"), ()),
 }
 MAX_LOCAL_DUCKS = 64
@@ -55,6 +57,9 @@ class Options:
     draft: str = "auto"  # auto and mtp: draft when the model has an MTP layer
     device: str = "auto"  # cuda when there is one
     dtype: str = "auto"  # float32 on the CPU, bfloat16 on CUDA
+    kv: str = "auto"  # what cached latents are held in; auto: dtype
+    indexer: str = "auto"  # of sparse attention: exact in float32, fp8 (as served) in bfloat16
+    max_len: int | None = None  # tokens a session may hold; None: the model's context, if it fits
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
 
     def __post_init__(self) -> None:

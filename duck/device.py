@@ -54,6 +54,10 @@ class Device:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, _infer, work, busy)
 
+    def free_bytes(self) -> int | None:
+        """What a GPU has free; None of a CPU, whose memory `duck.memory` knows."""
+        return torch.cuda.mem_get_info(self.torch)[0] if self.name == "cuda" else None
+
     def close(self) -> None:
         self._worker.shutdown(wait=False, cancel_futures=True)
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from duck.bars import bars
 from duck.bars import console as _console
+from duck.budget import Budget
 from duck.cli import write_json
 from duck.config import model_folder
 from duck.engine import Engine, Piece, logits_to_logprobs
@@ -44,6 +45,11 @@ def _runner() -> Iterator[asyncio.Runner]:
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         runner.close()
         signal.signal(signal.SIGINT, previous)
+
+
+def _planned(budget: Budget) -> None:
+    """What memory is for, on stderr, before it is taken."""
+    _console.print(f"[dim]{budget}[/dim]", highlight=False)
 
 
 def _write(text: str) -> None:
@@ -85,9 +91,11 @@ async def _generate(
     verbose: bool,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        Prompts(model_folder(model)).encode(prompt, chat=chat)  # a bad one costs no loading
+        prompts = Prompts(model_folder(model), options.get("max_len"))
+        prompts.encode(prompt, chat=chat)  # a bad one costs no loading
+        planned = None if as_json else _planned
         with bars("loading") as progress:
-            opening = Engine.open(model, progress=progress, **options)
+            opening = Engine.open(model, progress=progress, planned=planned, **options)
             engine = await stack.enter_async_context(opening)
         if as_json:
             done = await engine.generate(prompt, sampling, chat=chat)
@@ -175,11 +183,13 @@ async def _score(
     as_json: bool,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        ids = Prompts(model_folder(model)).encode(prompt, answer=False)
+        prompts = Prompts(model_folder(model), options.get("max_len"))
+        ids = prompts.encode(prompt, answer=False)
         if len(ids) < 2:
             raise ConfigError("one token has no likelihood: give at least two")
+        planned = None if as_json else _planned
         with bars("loading") as progress:
-            opening = Engine.open(model, progress=progress, **options)
+            opening = Engine.open(model, progress=progress, planned=planned, **options)
             engine = await stack.enter_async_context(opening)
         scored = await engine.score(ids, mtp=mtp)
         logits, tensors = (scored[0] if mtp else scored), {}
@@ -236,7 +246,7 @@ def chat(model: str, sampling: Sampling, options: Mapping[str, Any], *, system: 
         stack = contextlib.AsyncExitStack()
         try:
             with bars("loading") as progress:
-                opening = Engine.open(model, progress=progress, **options)
+                opening = Engine.open(model, progress=progress, planned=_planned, **options)
                 engine = runner.run(stack.enter_async_context(opening))
             _Chat(runner, engine, sampling, system).loop()
         finally:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from duck.kernels.reference import WRITTEN_OUT
 from duck.kernels.reference.device import (
     attend_absorbed,
     attend_naive,
@@ -28,8 +29,6 @@ from duck.model.layers import Loader, Norm
 from duck.model.rope import RopeTable, softmax_scale
 
 _LATENT_EPS = 1e-6  # of the two inner norms: fixed in DeepSeek's code, whatever rms_norm_eps says
-WRITTEN_OUT = 1 << 27
-"""Numbers of heads' keys and values that may be written out at once (512 MiB of float32)."""
 
 
 class Attention:

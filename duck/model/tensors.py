@@ -38,12 +38,15 @@ class Wanted:
         return 4 * math.prod(-(-size // edge) for size, edge in edges)
 
 
-def wanted(config: ModelConfig, *, indexer: bool = False) -> Iterator[Wanted]:
-    """Every tensor of a checkpoint but scales; the indexer's only with `indexer`."""
+def wanted(config: ModelConfig, *, indexer: bool = False, experts: bool = True) -> Iterator[Wanted]:
+    """Every tensor of a checkpoint but scales.
+
+    indexer: its tensors too. experts: the routed experts' too, which are nearly all of them.
+    """
     hidden, mtp = config.hidden_size, config.num_hidden_layers
     yield Wanted("model.embed_tokens.weight", (config.vocab_size, hidden), "embedding")
     for layer in range(config.num_hidden_layers + config.mtp_layers):
-        yield from _layer(config, layer, indexer=indexer)
+        yield from _layer(config, layer, indexer=indexer, experts=experts)
     yield _vector("model.norm.weight", hidden)
     if not config.tie_word_embeddings:
         yield Wanted("lm_head.weight", (config.vocab_size, hidden), "linear")
@@ -54,7 +57,7 @@ def wanted(config: ModelConfig, *, indexer: bool = False) -> Iterator[Wanted]:
         yield Wanted(name, (hidden, 2 * hidden), "linear", quantisable=True)
 
 
-def _layer(config: ModelConfig, layer: int, *, indexer: bool) -> Iterator[Wanted]:
+def _layer(config: ModelConfig, layer: int, *, indexer: bool, experts: bool) -> Iterator[Wanted]:
     hidden, prefix = config.hidden_size, f"model.layers.{layer}"
     yield _vector(f"{prefix}.input_layernorm.weight", hidden)
     yield _vector(f"{prefix}.post_attention_layernorm.weight", hidden)
@@ -64,12 +67,11 @@ def _layer(config: ModelConfig, layer: int, *, indexer: bool) -> Iterator[Wanted
     if layer < config.first_k_dense_replace:
         yield from _mlp(config, f"{prefix}.mlp", config.intermediate_size, "linear")
         return
-    experts = config.n_routed_experts
-    yield _vector(f"{prefix}.mlp.gate.weight", experts, hidden)
+    yield _vector(f"{prefix}.mlp.gate.weight", config.n_routed_experts, hidden)
     if config.topk_method == "noaux_tc":
-        yield _vector(f"{prefix}.mlp.gate.e_score_correction_bias", experts)
+        yield _vector(f"{prefix}.mlp.gate.e_score_correction_bias", config.n_routed_experts)
     width = config.moe_intermediate_size
-    for expert in range(experts):
+    for expert in range(config.n_routed_experts if experts else 0):
         yield from _mlp(config, f"{prefix}.mlp.experts.{expert}", width, "expert")
     if config.n_shared_experts:
         width *= config.n_shared_experts

@@ -16,6 +16,7 @@ from duck.kernels.reference.device import linear_f32
 from duck.model.attention import Attention
 from duck.model.cache import DTYPES, KVCache
 from duck.model.config import ModelConfig
+from duck.model.footprint import head_dtype
 from duck.model.holding import Holding
 from duck.model.layers import Loader, Mlp, Norm
 from duck.model.mtp import MtpModule
@@ -92,19 +93,20 @@ class Transformer:
         self.device, self.dtype = loader.device, loader.dtype
         self.tally = loader.tally  # what was loaded
         rope = RopeTable(config.rope, config.qk_rope_head_dim, loader.device)
-        self._embedding = loader.matrix("model.embed_tokens")
+        self._embedding = loader.embedding()
         self.layers: Sequence[DecoderLayer] = [
             DecoderLayer(loader, config, holding, index, rope)
             for index in range(config.num_hidden_layers)
         ]
         self._norm = Norm(loader, "model.norm", config.rms_norm_eps)
-        # Logits are float32. A GPU gets them from bf16 weights; a CPU would round them to bf16, and
-        # rounded logits tie.
-        head = torch.float32 if loader.device.type == "cpu" else loader.dtype
-        if config.tie_word_embeddings:
-            self._head = self._embedding.to(head)
+        head = head_dtype(holding, loader.device.type)
+        if not config.tie_word_embeddings:
+            self._head = loader.matrix("lm_head", DTYPES[head])
+        elif head == holding.dtype:
+            self._head = self._embedding
         else:
-            self._head = loader.matrix("lm_head", head)
+            self._head = self._embedding.to(DTYPES[head])
+            self.tally.add("linear", holding.dtype, head, 0, self._head.nbytes)
         self.mtp: MtpModule | None = None
         if config.mtp_layers:
             layer = DecoderLayer(loader, config, holding, config.num_hidden_layers, rope)

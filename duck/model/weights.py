@@ -181,12 +181,15 @@ class Checkpoint:
             return _finite(fp8.decode_e8m0(stored), scale)
         return _finite(_widen(stored, scale), scale)
 
+    def scale_nbytes(self, name: str) -> int:
+        """Bytes of the scales beside a tensor as stored; 0 where it is not fp8."""
+        info = self.info(name)
+        return self._scale_info(info).nbytes if info.dtype == "F8_E4M3" else 0
+
     def nbytes_without_experts(self, config: ModelConfig, *, indexer: bool = False) -> int:
         """Bytes of all tensors a model loads but for the routed experts; scales left out."""
         return sum(
-            self.info(want.name).nbytes
-            for want in wanted(config, indexer=indexer)
-            if want.kind != "expert"
+            self.info(want.name).nbytes for want in wanted(config, indexer=indexer, experts=False)
         )
 
     def expert(self, layer: int, expert: int, columns: range) -> ExpertWeights:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SCORES = 1 << 24
-"""Attention scores held at once (64 MiB of float32); longer prompts go in blocks of rows."""
+from duck.kernels.reference import SCORES
 
 _E4M3_MAX = 448.0
 
@@ -226,7 +225,7 @@ def attend_naive(
 
 
 def _row_blocks(rows: int, scores_per_row: int) -> list[tuple[int, int]]:
-    step = max(1, _SCORES // scores_per_row)
+    step = max(1, SCORES // scores_per_row)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
