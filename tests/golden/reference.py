@@ -7,7 +7,7 @@ dequantised here with torch's float8 types and handed over in float32.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,18 @@ class Reference:
     tensors: dict[str, Tensor]  # of the whole checkpoint, float32
     layers: int
     has_mtp: bool
+    # Of the last text: (T, K) positions that each layer's indexer selected for each row.
+    selected: dict[int, Tensor] = field(default_factory=dict)
+
+    def watch(self) -> None:
+        """Keep `selected` up to date, of models that have an indexer."""
+        for number, layer in enumerate(self.model.model.layers):
+
+            def note(_module: Any, _args: Any, output: Tensor, number: int = number) -> None:
+                self.selected[number] = output[0]
+
+            if hasattr(layer.self_attn, "indexer"):
+                layer.self_attn.indexer.register_forward_hook(note)
 
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Tensor:
@@ -102,7 +114,9 @@ def load(folder: Path) -> Reference:
         state[f"{name}.gate_up_proj"] = torch.cat((stack("gate"), stack("up")), dim=1)
         state[f"{name}.down_proj"] = stack("down")
     model.load_state_dict(state, strict=True)
-    return Reference(model, tensors, layers, bool(mtp))
+    truth = Reference(model, tensors, layers, bool(mtp))
+    truth.watch()
+    return truth
 
 
 def _dequantised(folder: Path, block: tuple[int, int]) -> dict[str, Tensor]:
