@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ def _runner() -> Iterator[asyncio.Runner]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _planned(budget: Budget) -> None:
-    """What memory is for, on stderr, before it is taken."""
-    _console.print(f"[dim]{budget}[/dim]", highlight=False)
+def _tell_memory(budget: Budget, *, verbose: bool = False) -> None:
+    """What memory is for, before it is taken; like progress, for people alone."""
+    if verbose or sys.stderr.isatty():
+        _console.print(f"[dim]{budget}[/dim]", highlight=False, soft_wrap=True)
 
 
 def _write(text: str) -> None:
@@ -93,9 +95,9 @@ async def _generate(
     async with contextlib.AsyncExitStack() as stack:
         prompts = Prompts(model_folder(model), options.get("max_len"))
         prompts.encode(prompt, chat=chat)  # a bad one costs no loading
-        planned = None if as_json else _planned
+        tell = partial(_tell_memory, verbose=verbose)
         with bars("loading") as progress:
-            opening = Engine.open(model, progress=progress, planned=planned, **options)
+            opening = Engine.open(model, progress=progress, planned=tell, **options)
             engine = await stack.enter_async_context(opening)
         if as_json:
             done = await engine.generate(prompt, sampling, chat=chat)
@@ -187,9 +189,8 @@ async def _score(
         ids = prompts.encode(prompt, answer=False)
         if len(ids) < 2:
             raise ConfigError("one token has no likelihood: give at least two")
-        planned = None if as_json else _planned
         with bars("loading") as progress:
-            opening = Engine.open(model, progress=progress, planned=planned, **options)
+            opening = Engine.open(model, progress=progress, planned=_tell_memory, **options)
             engine = await stack.enter_async_context(opening)
         scored = await engine.score(ids, mtp=mtp)
         logits, tensors = (scored[0] if mtp else scored), {}
@@ -246,7 +247,7 @@ def chat(model: str, sampling: Sampling, options: Mapping[str, Any], *, system: 
         stack = contextlib.AsyncExitStack()
         try:
             with bars("loading") as progress:
-                opening = Engine.open(model, progress=progress, planned=_planned, **options)
+                opening = Engine.open(model, progress=progress, planned=_tell_memory, **options)
                 engine = runner.run(stack.enter_async_context(opening))
             _Chat(runner, engine, sampling, system).loop()
         finally:
