@@ -245,7 +245,7 @@ class Checkpoint:
         if info is None:
             hint = ""
             if ".indexer." in want.name:
-                hint = f" (of the indexer; up to {config.index_topk} tokens, --max-len, do without)"
+                hint = f" (of the indexer; --max-len {config.index_topk} would do without)"
             elif want.name.startswith(f"model.layers.{config.num_hidden_layers}."):
                 hint = " (of the MTP layer; num_nextn_predict_layers 0 would do without)"
             raise WeightsError(f"{self.folder} has no tensor {want.name}, expected {shape}{hint}")

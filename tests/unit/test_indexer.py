@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from duck.errors import WeightsError
 from duck.kernels import fp8
 from duck.kernels.reference import device
 from duck.kernels.reference.device import (
@@ -256,6 +259,24 @@ def test_within_topk_it_is_dense_attention(model: WatchedModel) -> None:
     assert torch.equal(dense.logits(IDS[:TOPK]), model.logits(IDS[:TOPK]))
     assert torch.equal(dense.mtp_logits(IDS[:TOPK]), model.mtp_logits(IDS[:TOPK]))
     assert not model.selected
+
+
+def test_a_checkpoint_without_its_weights(folder: Path, tmp_path: Path) -> None:
+    """Is of use for short sessions only, and the refusal says so."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    kept = {
+        name: tensor
+        for name, tensor in safetensors.torch.load_file(file).items()
+        if ".indexer." not in name
+    }
+    safetensors.torch.save_file(kept, file)
+    short = LocalModel(tmp_path, max_len=TOPK)
+    assert torch.equal(
+        short.logits(IDS[:TOPK]), LocalModel(folder, max_len=TOPK).logits(IDS[:TOPK])
+    )
+    with pytest.raises(WeightsError, match=r"indexer.wq_b.weight.*--max-len 12 would do without"):
+        LocalModel(tmp_path)
 
 
 def test_the_mtp_layer_selects_too(model: WatchedModel) -> None:
