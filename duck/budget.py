@@ -84,7 +84,8 @@ def plan_memory(
         return Budget(holding, weights, session, free, config.max_position_embeddings)
 
     def longest(kv: str = kv) -> int:
-        lengths = range(1, config.max_position_embeddings + 1)
+        most = min(config.max_position_embeddings, 1 << 40)  # a damaged file may say anything
+        lengths = range(1, most + 1)
         return bisect_left(
             lengths, True, key=lambda length: (budget(length, kv).free_bytes or 0) < 0
         )

@@ -223,7 +223,7 @@ def _layer(
     yield f"{name}.self_attn.kv_a_layernorm.weight", (rank,), 0.1, "norm"
     yield linear("self_attn.kv_b_proj", heads * (nope + value), rank)
     yield linear("self_attn.o_proj", hidden, heads * value, gain=attention)
-    if shape["model_type"] == "deepseek_v32":
+    if "index_topk" in shape:
         index_heads, width = shape["index_n_heads"], shape["index_head_dim"]
         yield linear("self_attn.indexer.wq_b", index_heads * width, q_rank)
         yield linear("self_attn.indexer.wk", width, hidden)

@@ -138,9 +138,24 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, holding: Holding, capacity: int, *, device: torch.device
+        self,
+        layers: int,
+        latent: RowFormat,
+        capacity: int,
+        *,
+        device: torch.device,
+        key: RowFormat | None = None,
+        limit: int | None = None,
     ) -> None:
-        layers = config.num_hidden_layers + config.mtp_layers
+        self.latents = LayerRows(layers, latent, capacity, device=device)
+        self._keys = None if key is None else LayerRows(layers, key, capacity, device=device)
+        self._limit = limit  # what a session may hold
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, holding: Holding, capacity: int, *, device: torch.device
+    ) -> KVCache:
+        """An empty cache for `capacity` positions of all of a model's layers."""
         rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
         computed = DTYPES[holding.dtype]
         latent: RowFormat
@@ -148,11 +163,14 @@ class KVCache:
             latent = Fp8Rows(rank, rope, computed)
         else:
             latent = PlainRows(rank + rope, DTYPES[holding.kv], computed)
-        self.latents = LayerRows(layers, latent, capacity, device=device)
-        self._keys: LayerRows | None = None
-        if holding.indexer is not None:
-            self._keys = LayerRows(layers, key_format(config, holding), capacity, device=device)
-        self._limit = holding.max_len
+        return cls(
+            config.num_hidden_layers + config.mtp_layers,
+            latent,
+            capacity,
+            device=device,
+            key=None if holding.indexer is None else key_format(config, holding),
+            limit=holding.max_len,
+        )
 
     @property
     def keys(self) -> LayerRows:
@@ -178,7 +196,8 @@ class KVCache:
         """
         if capacity <= self.capacity:
             return
-        capacity = max(capacity, min(self.capacity * 3 // 2, self._limit))
+        more = self.capacity * 3 // 2
+        capacity = max(capacity, more if self._limit is None else min(more, self._limit))
         self.latents.grow(capacity)
         if self._keys is not None:
             self._keys.grow(capacity)

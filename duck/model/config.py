@@ -15,7 +15,7 @@ from typing import Any
 
 from duck.errors import ConfigError
 
-SUPPORTED = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
+SUPPORTED = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k2")
 """Values of `model_type` that this package runs; all are the same code with other flags."""
 
 
@@ -78,6 +78,7 @@ class ModelConfig:
     index_topk: int | None  # keys a row attends to, which the indexer picks; None: all
     index_n_heads: int  # of the indexer; 0 without one
     index_head_dim: int
+    indexer_rope_interleave: bool  # it turns pairs of neighbours, as the main attention does
     weight_block_size: tuple[int, int] | None  # (rows, columns) of one fp8 scale; None: not fp8
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -122,6 +123,7 @@ class ModelConfig:
         if layers > MOST_LAYERS:
             raise keys.error("num_hidden_layers", f"{layers} is more than {MOST_LAYERS}")
         topk = keys.integer_or_none("index_topk", least=1)
+        glm = model_type == "glm_moe_dsa"
         config = cls(
             model_type=model_type,
             vocab_size=keys.integer("vocab_size", least=1),
@@ -162,6 +164,7 @@ class ModelConfig:
             index_topk=topk,
             index_n_heads=0 if topk is None else keys.integer("index_n_heads", least=1),
             index_head_dim=0 if topk is None else keys.integer("index_head_dim", least=1),
+            indexer_rope_interleave=keys.boolean("indexer_rope_interleave", default=glm),
             weight_block_size=_block_size(keys),
             bos_token_id=keys.integer_or_none("bos_token_id", least=0),
             eos_token_ids=_eos(keys, _Keys(generation, str(folder / "generation_config.json"))),
@@ -196,8 +199,8 @@ class ModelConfig:
                 raise keys.error(key, f"{raw[key]!r} is not supported, only {allowed[0]!r}")
         if self.qk_rope_head_dim % 2:
             raise keys.error("qk_rope_head_dim", f"{self.qk_rope_head_dim} is odd")
-        if self.model_type == "deepseek_v32" and self.index_topk is None:
-            raise keys.error("index_topk", "missing, but deepseek_v32 needs it")
+        if self.model_type in ("deepseek_v32", "glm_moe_dsa") and self.index_topk is None:
+            raise keys.error("index_topk", f"missing, but {self.model_type} needs it")
         if self.index_topk is not None:
             self._check_indexer(keys)
         if self.model_type == "deepseek_v2" and self.norm_topk_prob:
@@ -235,6 +238,15 @@ class ModelConfig:
             raise keys.error("q_lora_rank", "null, but the indexer (index_topk) reads that latent")
         if width & (width - 1):
             raise keys.error("index_head_dim", f"{width} is no power of two")
+        shared = "layers that share a choice of keys are not supported"
+        for key in ("indexer_types", "index_topk_pattern"):
+            kinds = keys.raw.get(key) or []
+            if not isinstance(kinds, str | list) or any(
+                kind not in ("F", "full") for kind in kinds
+            ):
+                raise keys.error(key, shared)
+        if keys.integer("index_topk_freq", least=0, default=1) > 1:
+            raise keys.error("index_topk_freq", shared)
         if width < self.qk_rope_head_dim:
             raise keys.error(
                 "index_head_dim", f"{width} is below qk_rope_head_dim {self.qk_rope_head_dim}"

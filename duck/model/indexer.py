@@ -9,7 +9,7 @@ as rare as a tie of two logits. Rounded to fp8 as the model is served, a last bi
 to the next of 8 codes an octave, and near ties fall either way far more often.
 
 Source: DeepSeek-V3.2-Exp report, section 2.1, and its inference code, whose first release turned
-the pairs of the main attention here (interleaved) instead of halves.
+the pairs of the main attention here (interleaved) instead of halves; GLM's indexer does so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duck.kernels.reference.device import hadamard, layer_norm, rotate_halves, select_keys
+from duck.kernels.reference.device import hadamard, layer_norm, rotate, rotate_halves, select_keys
 from duck.model.cache import key_format
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
@@ -43,6 +43,7 @@ class Indexer:
         name = f"model.layers.{layer}.self_attn.indexer"
         self.topk = config.index_topk
         self._rope, self._turned = rope, config.qk_rope_head_dim
+        self._rotate = rotate if config.indexer_rope_interleave else rotate_halves
         self._heads = config.index_n_heads
         self._scale = (config.index_n_heads * config.index_head_dim) ** -0.5
         self._query = loader.matrix(f"{name}.wq_b")
@@ -76,6 +77,6 @@ class Indexer:
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate the first numbers of each head; the main attention rotates its last."""
-        turned = rotate_halves(x[..., : self._turned], cos, sin)
+        turned = self._rotate(x[..., : self._turned], cos, sin)
         x = torch.cat((turned, x[..., self._turned :]), dim=-1)
         return hadamard(x) if self._spread else x

@@ -146,7 +146,7 @@ class Transformer:
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions of all layers, the MTP layer's included."""
-        return KVCache(self.config, self.holding, capacity, device=self.device)
+        return KVCache.of(self.config, self.holding, capacity, device=self.device)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, hidden). Tokens are below vocab_size: the caller has checked them."""

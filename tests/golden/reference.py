@@ -21,12 +21,15 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
 )
 
 _MODELS: dict[str, tuple[Any, Any]] = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
     "kimi_k2": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
 
@@ -73,7 +76,8 @@ class Reference:
         embedded = self.tensors["model.embed_tokens.weight"][torch.tensor(ids[1:])]
         pair = (self._rms(embedded, f"{name}.enorm"), self._rms(h, f"{name}.hnorm"))
         z = torch.cat(pair, dim=-1) @ self.tensors[f"{name}.eh_proj.weight"].T
-        z = decoder.layers[self.layers](z[None], **seen)[0]
+        z = decoder.layers[self.layers](z[None], **seen)
+        z = z[0][0] if isinstance(z, tuple) else z[0]  # GLM's brings what it selected
         return self._rms(z, f"{name}.shared_head.norm") @ self.model.lm_head.weight.T
 
     def _rms(self, x: Tensor, name: str) -> Tensor:

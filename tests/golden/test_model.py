@@ -79,6 +79,16 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "f32": {"weights": "f32"},
     "tied_embeddings": {"tie_word_embeddings": True},
     "deepseek_v32": SPARSE,
+    "glm": {
+        **SPARSE,
+        **NO_GROUPS,
+        "model_type": "glm_moe_dsa",
+        "qk_nope_head_dim": 24,
+        "v_head_dim": 32,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 1e6,
+    },
     "deepseek_v2_lite": {**V2, "q_lora_rank": None, "topk_method": "greedy", "weights": "bf16"},
     "deepseek_v2": {**V2, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0},
 }

@@ -175,6 +175,12 @@ def test_what_does_not_fit_is_refused(v32: ModelConfig) -> None:
     assert plan(v32, less, max_len=1000).holding.indexer is None
 
 
+def test_a_context_beyond_all_memory(v32: ModelConfig) -> None:
+    """A config may say anything; what fits is found all the same."""
+    endless = replace(v32, max_position_embeddings=10**30)
+    assert 10_000 < plan(endless, 100_000).holding.max_len < 1_000_000
+
+
 def test_a_short_context_needs_no_more(v32: ModelConfig) -> None:
     short = replace(v32, max_position_embeddings=512)
     whole = plan(short, 100_000)

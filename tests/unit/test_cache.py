@@ -103,7 +103,7 @@ def test_a_cache_takes_what_was_planned(
 ) -> None:
     for max_len in (4, 5):  # index_topk is 4
         holding = Holding.choose(config, dtype=dtype, kv=kv, indexer=indexer, max_len=max_len)
-        cache = KVCache(config, holding, 7, device=CPU)
+        cache = KVCache.of(config, holding, 7, device=CPU)
         assert cache.nbytes == 7 * holding.token_nbytes(config)
         assert cache.latents.read(3, 7).dtype == DTYPES[dtype]
     assert cache.keys.read(3, 7).shape == (7, 16)
@@ -128,7 +128,7 @@ def test_bytes_of_a_token(config: ModelConfig) -> None:
 
 def test_growing_keeps_what_is_there_and_heeds_the_limit(config: ModelConfig) -> None:
     holding = replace(Holding.choose(config, dtype="float32"), max_len=14)
-    cache = KVCache(config, holding, 6, device=CPU)
+    cache = KVCache.of(config, holding, 6, device=CPU)
     latents, keys = rows(6, 40), rows(6, 16)
     cache.latents.write(2, 0, latents)
     cache.keys.write(2, 0, keys)

@@ -104,7 +104,10 @@ def test_block_size(tmp_path: Path) -> None:
 def test_indexer(tmp_path: Path) -> None:
     config = load(tmp_path, **V32)
     assert (config.index_topk, config.index_n_heads, config.index_head_dim) == (64, 4, 16)
+    assert not config.indexer_rope_interleave
     assert load(tmp_path, **INDEXER).index_topk == 64  # the keys alone signal it
+    glm = {**INDEXER, "model_type": "glm_moe_dsa", "indexer_types": ["full"] * 3}
+    assert load(tmp_path, **glm).indexer_rope_interleave
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -163,6 +166,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "index width": ({**V32, "index_head_dim": 24}, "index_head_dim: 24 is no power of two"),
     "index rope": ({**V32, "index_head_dim": 4}, "4 is below qk_rope_head_dim 8"),
     "index latent": ({**V32, "q_lora_rank": None}, "q_lora_rank: null, but the indexer"),
+    "index shared": ({**V32, "indexer_types": ["full", "shared", "full"]}, "share a choice"),
+    "index freq": ({**V32, "index_topk_freq": 4}, "index_topk_freq: layers that share a choice"),
+    "index kinds": ({**V32, "indexer_types": 7}, "indexer_types: layers that share"),
+    "index mix": ({**V32, "indexer_types": ["full", {}]}, "indexer_types: layers that share"),
+    "index pattern": ({**V32, "index_topk_pattern": "FSF"}, "index_topk_pattern: layers that"),
+    "glm topk": ({"model_type": "glm_moe_dsa"}, "index_topk: missing, but glm_moe_dsa needs it"),
     "v2 norm": ({"model_type": "deepseek_v2"}, "norm_topk_prob: true is not supported"),
 }
 
