@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duck import memory
@@ -16,7 +18,7 @@ from duck.errors import ConfigError
 if TYPE_CHECKING:
     from duck.kernels.bench import Shape
 
-PLANNED = ("transport", "pipeline", "generate")
+PLANNED = ("transport",)
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -24,6 +26,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     bench = commands.add_parser("bench", help="measure kernels, each beside its own yardstick")
     kinds = bench.add_subparsers(metavar="WHAT", required=True)
     _kernel_parser(kinds, common)
+    _pipeline_parser(kinds, common)
+    _generate_parser(kinds, common)
     for name in PLANNED:
         planned = kinds.add_parser(name, help="(planned)")
         planned.set_defaults(command=_planned, planned=name, log_level="warning", json=False)
@@ -99,6 +103,150 @@ def _kernel(arguments: argparse.Namespace) -> int:
         write_json(report)
     else:
         sys.stdout.write(tables(report) + "\n")
+    return 0
+
+
+# --- duck bench pipeline
+
+
+def _pipeline_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
+    pipeline = kinds.add_parser(
+        "pipeline", parents=[common], help="the schedules beside their simulation",
+        description="The real pipeline, flock and event loop over a device and ducks that take "
+        "given times: a step's milliseconds beside the simulated step and beside what no order of "
+        "the same work can beat. Takes a minute or two, and little of the processor.",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--times", default="tuned", choices=("tuned", "original"),
+        help="of 32 small machines and a GPU: with attention as fast as its memory, or as slow as "
+        "the first such system had it (default: %(default)s)",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--schedule", metavar="A,B", default="serial,batch,wave,pingpong",
+        help="which ones; pingpong has two sessions (default: %(default)s)",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--scale", type=float, default=30.0, metavar="X",
+        help="everything takes so many times as long: threads wake up late by fixed amounts "
+        "(default: %(default)g)",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--steps", type=int, default=4, metavar="N", help="of each session (default: %(default)s)"
+    )
+    pipeline.add_argument("--ducks", type=int, default=32, metavar="N", help="default: 32")
+    pipeline.add_argument(
+        "--layers", type=int, metavar="N", help="layers with routed experts (default: 58)"
+    )
+    pipeline.add_argument(
+        "--traces", metavar="DIR", help="write the traces there, one for each schedule"
+    )
+    pipeline.set_defaults(command=_pipeline)
+
+
+def _pipeline(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from duck.bars import working
+    from duck.cli import write_json
+    from duck.plan import overlap
+
+    limits = {"scale": (0.1, 1000.0), "steps": (1, 100), "ducks": (1, 255), "layers": (1, 1000)}
+    for name, (least, most) in limits.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"--{name} {value}: want {least:g} to {most:g}")
+    schedules = arguments.schedule.split(",")
+    if not set(schedules) <= set(overlap.SESSIONS):
+        allowed = ", ".join(overlap.SESSIONS)
+        raise ConfigError(f"--schedule {arguments.schedule[:60]!r}: want some of {allowed}")
+    folder = None if arguments.traces is None else Path(arguments.traces)
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--traces {folder}: no such folder")
+    times = overlap.TIMES[arguments.times]
+    if arguments.layers is not None:
+        times = replace(times, moe_layers=arguments.layers)
+    with working() as note:
+        rows = overlap.bench_pipeline(
+            times, schedules=schedules, ducks=arguments.ducks, steps=arguments.steps,
+            scale=arguments.scale, folder=folder, note=note,
+        )  # fmt: skip
+    if arguments.json:
+        report = {"times": asdict(times), "scale": arguments.scale, "ducks": arguments.ducks}
+        write_json({**report, "rows": [asdict(row) for row in rows]})
+    else:
+        for table in overlap.tables(rows):
+            Console().print(table)
+    return 0
+
+
+# --- duck bench generate
+
+
+def _generate_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
+    generate = kinds.add_parser(
+        "generate", parents=[common], help="one duck's share of a real model, end to end",
+        description="Steps with drafts through a few layers of a model's true widths, with random "
+        "weights: router, wire, a duck in a process of its own with its kernel. Each stage's "
+        "milliseconds, and the step that they make of the whole model. Nothing else should run.",
+    )  # fmt: skip
+    generate.add_argument(
+        "--synthetic", default="v3.2", choices=("v3.2",),
+        help="hidden 7168, 256 experts of 2048 columns, 8 a token (default: %(default)s)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--layers", type=int, default=8, metavar="N",
+        help="with routed experts, the drafting one included (default: %(default)s)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--ducks", default="1of32", metavar="1ofN",
+        help="the duck holds 1/N of every expert (default: %(default)s: 2.8 GB for 8 layers)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--attend-ms", type=float, metavar="X",
+        help="attention takes so long, as on some GPU (default: it is computed here)",
+    )  # fmt: skip
+    generate.add_argument(
+        "--shared-ms", type=float, default=0.05, metavar="X",
+        help="with --attend-ms: the shared expert (default: %(default)s)",
+    )  # fmt: skip
+    generate.add_argument("--steps", type=int, default=20, metavar="N", help="default: 20")
+    generate.add_argument(
+        "--threads", type=int, default=0, metavar="N",
+        help="of the duck's kernel (default: one for each processor)",
+    )  # fmt: skip
+    generate.set_defaults(command=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from duck.bars import working
+    from duck.cli import write_json
+    from duck.plan import widths
+
+    limits = {
+        "layers": (2, 62), "attend_ms": (0.0, 1000.0), "shared_ms": (0.0, 1000.0),
+        "steps": (1, 1000), "threads": (0, 1024),
+    }  # fmt: skip
+    for name, (least, most) in limits.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {value}: want {least:g} to {most:g}")
+    one, _, of = arguments.ducks.partition("of")
+    if one != "1" or of not in ("1", "2", "4", "8", "16", "32"):
+        raise ConfigError(f"--ducks {arguments.ducks[:60]!r}: want 1ofN with N of 1, 2, 4 .. 32")
+    with working() as note:
+        report = widths.bench_generate(
+            layers=arguments.layers, of_ducks=int(of), attend_ms=arguments.attend_ms,
+            shared_ms=arguments.shared_ms, steps=arguments.steps, threads=arguments.threads,
+            note=note,
+        )  # fmt: skip
+    if arguments.json:
+        write_json(report.to_json())
+    else:
+        for table in widths.tables(report):
+            Console().print(table)
     return 0
 
 

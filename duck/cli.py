@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import duck
 from duck import bench, log
-from duck.config import CHOICES, model_folder
+from duck.config import CHOICES, model_folder, output_file
 from duck.errors import ConfigError, DuckError
 from duck.wire import plain
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from duck.sampling import Sampling
 
 # Commands that design.md names and this version does not have.
-PLANNED = ("serve", "trace", "plan", "doctor")
+PLANNED = ("serve", "plan", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,8 +152,11 @@ def _parser() -> argparse.ArgumentParser:
         "--store", metavar="DIR",
         help="read packed layers (duck pack); what the folder lacks is sent by the host, and kept",
     )  # fmt: skip
-    node.add_argument("--key-file", metavar="F", help="(planned) the cluster's key")
-    node.add_argument(
+    security = node.add_mutually_exclusive_group()
+    security.add_argument(
+        "--key-file", metavar="F", help="the cluster's key: serve only hosts that have it too"
+    )
+    security.add_argument(
         "--insecure",
         action="store_true",
         help="listen on other addresses than loopback without a key",
@@ -187,9 +190,35 @@ def _parser() -> argparse.ArgumentParser:
     pack.set_defaults(command=_pack)
 
     bench.add_parser(commands, common)
+
+    key = commands.add_parser(
+        "key", parents=[common], help="make the key that a host and its ducks share",
+        description="Write a new random key to FILE. Copy it to the host and to every duck, by a "
+        "way that nobody else can read, and give it to them as --key-file.",
+    )  # fmt: skip
+    key.add_argument("file", metavar="FILE")
+    key.set_defaults(command=_key)
+
+    _trace_parser(commands, common)
     for name in PLANNED:
         commands.add_parser(name, help="(planned)", add_help=False)
     return parser
+
+
+def _trace_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    trace = commands.add_parser("trace", help="what a trace says about overlap")
+    kinds = trace.add_subparsers(metavar="WHAT", required=True)
+    summarize = kinds.add_parser(
+        "summarize", parents=[common], help="who was busy, and who waited for whom",
+        description="Busy and idle times, overlap, waits, the slowest duck, and the step that the "
+        "measured stages should have made; of the decode steps in a file of --trace.",
+    )  # fmt: skip
+    summarize.add_argument("file", metavar="FILE")
+    summarize.add_argument("--png", metavar="OUT", help="also draw some steps")
+    summarize.add_argument(
+        "--steps", metavar="A:B", help="which steps to draw, from 0 (default: the middle one)"
+    )
+    summarize.set_defaults(command=_summarize)
 
 
 def _flock_options(parser: argparse.ArgumentParser) -> None:
@@ -199,10 +228,12 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         help="local:N, HOST:PORT,HOST:PORT or flock.toml (default: local:2)",
     )  # fmt: skip
     helps = {
-        "transport": "tcp, or loopback: all ducks inside this process",
+        "transport": "auto: shm for local:N, else tcp; multicast: asks by UDP, once for all ducks; "
+        "loopback: all ducks in this process",
         "placement": "how experts are spread over ducks",
-        "schedule": "how lanes are ordered",
-        "draft": "guess the next token with the model's MTP layer (auto: if it has one)",
+        "schedule": "how rows are grouped and ordered (auto: by measured times)",
+        "draft": "guess the next token with the model's MTP layer (auto: while it pays)",
+        "early": "start a wave's sure token while its guess is being made (auto: if it gains)",
         "device": "where attention runs (auto: cuda if there is one)",
         "dtype": "auto: float32 on cpu, bfloat16 on cuda",
         "kv": "what cached latents are held in (auto: dtype)",
@@ -220,7 +251,14 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         "--max-len", type=int, metavar="N",
         help="tokens a session may hold (default: the model's context, if memory has room)",
     )  # fmt: skip
-    flock.add_argument("--trace", metavar="OUT.json", help="(planned) write a trace")
+    flock.add_argument(
+        "--key-file", metavar="F",
+        help="the cluster's key (duck key F makes one): all ducks must have it too",
+    )  # fmt: skip
+    flock.add_argument(
+        "--trace", metavar="OUT.json",
+        help="write what happened when, for ui.perfetto.dev and duck trace summarize (.gz: packed)",
+    )  # fmt: skip
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -243,14 +281,16 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The Engine's options among the command line's.
+    """The Engine's options among the command line's."""
+    options = {name: getattr(arguments, name) for name in ("ducks", *CHOICES, "max_len", "trace")}
+    return {**options, "key_file": _path(arguments.key_file, "--key-file")}
 
-    Raises:
-        ConfigError: an option that is not built yet.
-    """
-    if arguments.trace is not None:
-        raise ConfigError("--trace is not built yet; leave it out")
-    return {name: getattr(arguments, name) for name in ("ducks", "max_len", *CHOICES)}
+
+def _path(text: str | None, flag: str) -> Path | None:
+    """A path that was given, or none."""
+    if text == "":
+        raise ConfigError(f"{flag} is empty: give the path of a file")
+    return Path(text) if text else None
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
@@ -327,30 +367,14 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _score(arguments: argparse.Namespace) -> int:
     from duck import terminal
 
-    out = None if arguments.logits_out is None else _output_file(arguments.logits_out)
+    out = None if arguments.logits_out is None else output_file("logits-out", arguments.logits_out)
     return terminal.score(
         arguments.model, _prompt_of(arguments), engine_options(arguments),
         mtp=arguments.mtp, out=out, as_json=arguments.json,
     )  # fmt: skip
 
 
-def _output_file(name: str) -> Path:
-    """A file that can be written, checked before the work is done."""
-    path = Path(name)
-    if not name or path.is_dir() or (path.exists() and not path.is_file()):
-        raise ConfigError(f"--logits-out {name!r} is no file: give the path of a file to write")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--logits-out {name}: no such folder: {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--logits-out {name}: may not be written")
-    return path
-
-
 def _node(arguments: argparse.Namespace) -> int:
-    if arguments.key_file is not None:
-        raise ConfigError(
-            "--key-file is not built yet; listen on a loopback address, or --insecure"
-        )
     # Numpy's BLAS must not split one row over threads: N ducks on one box would fight over its
     # cores, and a row's bits would depend on the machine. It reads this when numpy is loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -365,10 +389,24 @@ def _node(arguments: argparse.Namespace) -> int:
         model=model_folder(arguments.model) if arguments.model else None,
         store=Path(arguments.store) if arguments.store else None,
         kernel=Kernel(arguments.threads, arguments.spin_us, arguments.pin),
+        key_file=_path(arguments.key_file, "--key-file"),
         insecure=arguments.insecure,
         parent=arguments.parent,
         as_json=arguments.json,
     )
+    return 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    from duck.keys import ClusterKey
+
+    path = _path(arguments.file, "FILE")
+    assert path is not None
+    key = ClusterKey.create(path)
+    if arguments.json:
+        write_json({"key_file": str(path), "fingerprint": key.fingerprint})
+    else:
+        sys.stdout.write(f"key {key.fingerprint} written to {plain(str(path))}\n")
     return 0
 
 
@@ -389,6 +427,41 @@ def _pack(arguments: argparse.Namespace) -> int:
     else:
         show_packed(packed)
     return 0
+
+
+def _summarize(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from duck import picture, recording, summary
+
+    if arguments.steps and not arguments.png:
+        raise ConfigError("--steps chooses what --png draws: add --png OUT")
+    found = recording.read(arguments.file)
+    figures = summary.summarize(found)
+    if arguments.png:
+        middle = max(0, figures.steps // 2)
+        first, stop = _range(arguments.steps) if arguments.steps else (middle, middle + 1)
+        picture.draw(found, Path(arguments.png), first, stop)
+    if arguments.json:
+        write_json(summary.to_json(figures))
+        return 0
+    console = Console()
+    for table in summary.tables(figures):
+        console.print(table)
+        console.print()
+    return 0
+
+
+def _range(text: str) -> tuple[int, int]:
+    """Two whole numbers as 3:6."""
+    first, colon, stop = text.partition(":")
+    if not (colon and _is_count(first) and _is_count(stop)):
+        raise ConfigError(f"--steps {text[:60]!r}: want two numbers as 3:6")
+    return int(first), int(stop)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def _weights(text: str | None, ducks: int | None) -> list[float]:

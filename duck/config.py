@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from duck.errors import ConfigError
 
 # name -> the values that work; and the ones that are planned, so that a refusal can say so.
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "transport": (("auto", "loopback", "tcp"), ("shm", "multicast")),
+    "transport": (("auto", "loopback", "shm", "tcp", "multicast"), ()),
     "placement": (("equal",), ("weighted", "whole")),
-    "schedule": (("auto", "serial"), ("batch", "wave", "pingpong")),
+    "schedule": (("auto", "serial", "batch", "wave", "pingpong"), ()),
     "draft": (("auto", "mtp", "off"), ()),
+    "early": (("auto", "on", "off"), ()),
     "device": (("auto", "cpu", "cuda"), ()),
     "dtype": (("auto", "float32", "bfloat16"), ()),
     "kv": (("auto", "bf16", "fp8"), ()),
@@ -23,6 +25,8 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "answers": (("auto", "f32"), ()),
 }
 MAX_LOCAL_DUCKS = 64
+# Packets that every IPv4 network carries, and the largest jumbo frames that switches have.
+MIN_MTU, MAX_MTU = 576, 9216
 DEMO = Path(__file__).parent / "demo"
 
 
@@ -46,21 +50,42 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
+def output_file(flag: str, name: str) -> Path:
+    """The file of an option, which can be written: checked before the work is done.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not isinstance(name, str) or not name or Path(name).is_dir():
+        raise ConfigError(f"--{flag} {name!r} is no file: give the path of a file to write")
+    path = Path(name)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--{flag} {name!r} is no file: give the path of a file to write")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--{flag} {name}: no such folder: {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--{flag} {name}: may not be written")
+    return path
+
+
 @dataclass(frozen=True)
 class Options:
     """How to run a model; every value is checked here, into ConfigError."""
 
     ducks: str = "local:2"  # local:N, HOST:PORT,HOST:PORT, or a flock.toml
-    transport: str = "auto"  # tcp, or loopback: all ducks inside this process
+    transport: str = "auto"  # shm when we start the ducks, else tcp; loopback: all in this process
     placement: str = "equal"
-    schedule: str = "auto"
-    draft: str = "auto"  # auto and mtp: draft when the model has an MTP layer
+    schedule: str = "auto"  # auto: by measured times
+    draft: str = "auto"  # auto: while it pays; mtp: whenever the model has an MTP layer
+    early: str = "auto"  # whether a wave's sure lane starts while its guess is being made
     device: str = "auto"  # cuda when there is one
     dtype: str = "auto"  # float32 on the CPU, bfloat16 on CUDA
     kv: str = "auto"  # what cached latents are held in; auto: dtype
     indexer: str = "auto"  # of sparse attention: exact in float32, fp8 (as served) in bfloat16
     max_len: int | None = None  # tokens a session may hold; None: the model's context, if it fits
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
+    key_file: str | Path | None = None  # the cluster's key; else [host] key_file of a flock.toml
+    trace: str | None = None  # the file to write what happened when to
 
     def __post_init__(self) -> None:
         for name, (ready, planned) in CHOICES.items():
@@ -71,14 +96,91 @@ class Options:
                 )
             if value not in ready:
                 raise ConfigError(f"--{name} {value!r}: want one of {', '.join(ready)}")
+        if self.trace is not None:
+            output_file("trace", self.trace)
         if not isinstance(self.ducks, str):
             raise ConfigError(f"--ducks {self.ducks!r}: want a text, as local:2 or HOST:PORT")
+        if self.max_len is not None and type(self.max_len) is not int:
+            raise ConfigError(f"--max-len {self.max_len!r}: want a whole number")
         flock = Ducks.parse(self.ducks)
         if self.transport == "loopback" and flock.local is None:
             raise ConfigError(
                 f"--transport loopback runs the ducks inside this process; --ducks {self.ducks} "
                 "names other machines: use --transport tcp, or --ducks local:N"
             )
+
+    def key_path(self) -> Path | None:
+        """The file of the cluster's key, if one is given."""
+        if self.key_file is None:
+            return Ducks.parse(self.ducks).key_file
+        return Path(self.key_file)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a flock.toml says of the host's network; for the multicast transport."""
+
+    # Names of the interfaces that multicasts go out of; none: whichever ducks are reached through.
+    interfaces: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()  # one for each interface; none: chosen anew for each session
+    mtu: int | None = None  # bytes a packet may have; None: found out
+
+    @classmethod
+    def parse(cls, path: Path, host: dict[str, Any]) -> Network:
+        """Read the [host] table.
+
+        Raises:
+            ConfigError: a value that cannot be.
+        """
+        interfaces = _names(path, "interface", host.get("interface", []))
+        groups = _names(path, "groups", host.get("groups", []))
+        mtu = host.get("mtu")
+        if groups and len(groups) != len(interfaces):
+            raise ConfigError(
+                f"{path}: [host] {len(groups)} groups for {len(interfaces)} interfaces: "
+                'want one for each: interface = ["eth0"], groups = ["239.1.2.3"]'
+            )
+        try:
+            for group in groups:
+                group_address(group)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: [host] {error}") from None
+        if mtu is not None and (type(mtu) is not int or not MIN_MTU <= mtu <= MAX_MTU):
+            raise ConfigError(f"{path}: [host] mtu {mtu!r}: want {MIN_MTU} to {MAX_MTU} bytes")
+        return cls(interfaces, groups, mtu)
+
+
+def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    """One text or a list of texts, each once."""
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(name, str) and name for name in found):
+        raise ConfigError(f"{path}: [host] {key} must be a text, or a list of texts")
+    if len(set(found)) != len(found):
+        raise ConfigError(f"{path}: [host] {key} names one twice")
+    return tuple(found)
+
+
+def group_address(text: str) -> tuple[str, int]:
+    """GROUP or GROUP:PORT as a pair; port 0 if it is not given.
+
+    Raises:
+        ConfigError: no multicast address that can be used.
+    """
+    host, colon, port = text.partition(":")
+    try:
+        group = int(ipaddress.IPv4Address(host))
+    except ValueError:
+        group = 0
+    # 224.0.0.x is for routers and never leaves a link's own protocols (RFC 5771).
+    if (
+        not 0xE0000100 <= group <= 0xEFFFFFFF
+        or (colon and not (_is_number(port) and 0 < int(port) < 65536))
+    ):  # fmt: skip
+        raise ConfigError(
+            f"group {text[:60]!r}: want an IPv4 multicast address of 224.0.1.0 to 239.255.255.255, "
+            "perhaps with a port: 239.1.2.3 or 239.1.2.3:5000"
+        )
+    return host, int(port or 0)
 
 
 @dataclass(frozen=True)
@@ -88,6 +190,8 @@ class Ducks:
     local: int | None
     addresses: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    key_file: Path | None = None
+    network: Network = Network()
 
     @classmethod
     def parse(cls, text: str) -> Ducks:
@@ -130,9 +234,11 @@ class Ducks:
         entries = document.get("duck", [])
         if not isinstance(host, dict):
             raise ConfigError(f"{path}: [host] must be a table")
-        _known(path, "[host]", host, {"interface", "groups", "key_file"})
-        for key in host:
-            raise ConfigError(f"{path}: [host] {key} is not built yet; remove it")
+        _known(path, "[host]", host, {"interface", "groups", "mtu", "key_file"})
+        network = Network.parse(path, host)
+        key_file = host.get("key_file")
+        if key_file is not None and (not isinstance(key_file, str) or not key_file):
+            raise ConfigError(f'{path}: [host] key_file must be a path: key_file = "pond.key"')
         if not isinstance(entries, list) or not entries:
             raise ConfigError(
                 f"{path}: no [[duck]] in it; want one for each duck, with its address"
@@ -154,7 +260,9 @@ class Ducks:
             names.append(name)
         if len(set(addresses)) != len(addresses):
             raise ConfigError(f"{path}: an address appears twice")
-        return cls(None, tuple(addresses), tuple(names))
+        # A relative path is one beside the file that names it.
+        key = path.parent / Path(key_file).expanduser() if key_file else None
+        return cls(None, tuple(addresses), tuple(names), key, network)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -164,6 +272,12 @@ class Ducks:
             f"duck {number} ({name + ', ' if name else ''}{address})"
             for number, (name, address) in enumerate(pairs)
         )
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """How traces name the ducks."""
+        names = self.names or ("",) * self.count
+        return tuple(f"duck {number} {name}".strip() for number, name in enumerate(names))
 
     @property
     def count(self) -> int:

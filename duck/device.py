@@ -1,16 +1,23 @@
 """Where attention, norms, routing and the head are computed: one worker thread, off the event loop.
 
-The event loop stays free to hear the ducks; the worker runs one piece of work at a time, in order.
+The event loop stays free to hear the ducks. The worker runs one piece of work at a time: attention
+that unlocks an ask before a shared expert, and that before lm_head, but nothing waits for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import heapq
+import itertools
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -19,6 +26,39 @@ from duck.errors import ConfigError
 Result = TypeVar("Result")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# How many later pieces of work may overtake one of a stage that nothing urgent waits for. Counted
+# in pieces, not in time: the same order on a fast device and on a slow one.
+OVERTAKEN = {"shared": 4, "feed": 4, "guess": 8, "head": 8}
+
+# The interpreter lets a thread run on for 5 ms when another wants to; the event loop would hear
+# the ducks that much later whenever the worker is between two kernels.
+SWITCH_S = 100e-6
+_LATENESS_SAMPLES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a piece of work is, for its turn, for times and for traces.
+
+    name: attend, dense (attention and MLP of a layer without experts), shared, final, combine, feed
+    (pairs to the MTP layer), guess, head. layer: -1 if of none. lane: 1 of guesses that trail the
+    sure rows, else 0. session: its number.
+    """
+
+    name: str
+    rows: int
+    layer: int = -1
+    lane: int = 0
+    session: int = 0
+
+
+class Ran(NamedTuple, Generic[Result]):
+    """What a piece of work gave, and when it ran, on the clock of whoever ran it."""
+
+    result: Result
+    begun: float
+    ended: float
 
 
 class Device:
@@ -43,49 +83,116 @@ class Device:
         self.name = device
         self.dtype_name = dtype
         self.dtype = DTYPES[dtype]
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
+        # How late the event loop was to hear that a piece of work had ended, in seconds.
+        self.lateness_s: deque[float] = deque(maxlen=_LATENESS_SAMPLES)
+        self._changed = threading.Condition()
+        self._queue: list[_Work] = []
+        self._number = itertools.count()
+        self._closed = False
+        self._worker = threading.Thread(target=self._run, name="device", daemon=True)
+        self._worker.start()
 
-    async def run(self, work: Callable[[], Result], busy: Busy | None = None) -> Result:
-        """Compute `work()` on the worker under inference mode, and count its time as `busy`.
+    async def run(self, stage: Stage, work: Callable[[], Result]) -> Ran[Result]:
+        """Compute `work()` on the worker under inference mode; who goes first: see OVERTAKEN.
 
-        Cancelling stops the wait, not the work: it finishes in the background and its result is
-        dropped.
+        Cancelling stops the wait, and the work unless it has begun; then its result is dropped.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, _infer, work, busy)
+        future: asyncio.Future[Ran[Result]] = loop.create_future()
+        number = next(self._number)
+        queued = _Work(number + OVERTAKEN.get(stage.name, 0), number, work, future, loop)
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the device is closed")
+            heapq.heappush(self._queue, queued)
+            self._changed.notify()
+        return await future
 
     def free_bytes(self) -> int | None:
         """What a GPU has free; None of a CPU, whose memory `duck.memory` knows."""
         return torch.cuda.mem_get_info(self.torch)[0] if self.name == "cuda" else None
 
     def close(self) -> None:
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        """End the worker after what it computes now, and forget the rest."""
+        with self._changed:
+            self._closed = True
+            waiting, self._queue = self._queue, []
+            self._changed.notify()
+        for work in waiting:
+            work.future.cancel()
+        self._worker.join()
+
+    def lateness_p99_s(self) -> float:
+        """The 99th percentile of how late the event loop was lately; 0 before anything ran."""
+        ordered = sorted(self.lateness_s)
+        return ordered[len(ordered) * 99 // 100] if ordered else 0.0
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                work = heapq.heappop(self._queue)
+            if not work.future.cancelled():
+                self._compute(work)
+            del work  # and with it what it holds, however long the next one takes to come
+
+    def _compute(self, work: _Work) -> None:
+        begun = time.perf_counter()
+        error: BaseException | None = None
+        result = None
+        try:
+            with torch.inference_mode():
+                result = work.call()
+        except BaseException as raised:  # the top of a thread: whoever waits must hear of it
+            error = raised
+        ran = Ran(result, begun, time.perf_counter())
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            work.loop.call_soon_threadsafe(self._done, work.future, ran, error)
+
+    def _done(
+        self, future: asyncio.Future[Any], ran: Ran[Any], error: BaseException | None
+    ) -> None:
+        self.lateness_s.append(time.perf_counter() - ran.ended)
+        if future.done():
+            return
+        if error is None:
+            future.set_result(ran)
+        else:
+            future.set_exception(error)
+            # Who waits may be cancelled before it looks: then nobody needs to hear of it.
+            future.exception()
 
 
-class Busy:
-    """Seconds of device work of one generation."""
+@dataclass(order=True, slots=True)
+class _Work:
+    """A piece of work in the queue; the lowest turn goes first."""
 
-    __slots__ = ("seconds",)
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-
-def _infer(work: Callable[[], Result], busy: Busy | None) -> Result:
-    begun = time.perf_counter()
-    with torch.inference_mode():
-        result = work()
-    if busy is not None:
-        busy.seconds += time.perf_counter() - begun
-    return result
+    turn: int
+    number: int
+    call: Callable[[], Any] = field(compare=False)
+    future: asyncio.Future[Any] = field(compare=False)
+    loop: asyncio.AbstractEventLoop = field(compare=False)
 
 
 def limit_threads() -> None:
     """Bound torch's own threads.
 
     One row at a time is memory-bound: beyond a few cores more threads add nothing, and their
-    spinning takes
-    cores from ducks on the same machine.
+    spinning takes cores from ducks on the same machine.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(8, (os.cpu_count() or 1) // 2)))
+
+
+@contextlib.contextmanager
+def switching_fast() -> Iterator[None]:
+    """Let threads take turns every SWITCH_S, as long as this is held."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import structlog
@@ -22,26 +22,34 @@ import structlog
 from duck import log, memory, placement, wire
 from duck.budget import Budget, plan_memory
 from duck.config import Ducks, Options, model_folder
-from duck.device import Device, limit_threads
+from duck.device import Device, limit_threads, switching_fast
 from duck.errors import ConfigError
 from duck.flock import Flock
 from duck.kernels import library
+from duck.keys import ClusterKey
 from duck.local import LocalDucks, threads_each
+from duck.meter import Meter, Totals, overlap_efficiency
 from duck.model.config import ModelConfig
 from duck.model.tokenizer import StopScanner, TextStream
 from duck.model.transformer import Transformer
 from duck.model.weights import Checkpoint, experts_digest
 from duck.node import Kernel, Node
-from duck.pipeline import PREFILL_ROWS, Meter, Pipeline, overlap_efficiency
+from duck.pipeline import PREFILL_ROWS, Pipeline
 from duck.placement import Plan
 from duck.prompts import Prompt, Prompts
 from duck.report import DuckLoad, LoadReport
 from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
 from duck.slices import ModelSource, layer_stream, resident_format, slice_of
+from duck.trace import OFF, Trace
+from duck.transports import shm
 from duck.transports.base import Transport
+from duck.transports.control import FlockTransport
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.tcp import TcpTransport
+from duck.transports.planes import host_plane
+
+if TYPE_CHECKING:
+    from duck.transports.tls import Credentials
 
 Loaded = TypeVar("Loaded")
 
@@ -100,8 +108,8 @@ class Engine:
         """Load a model folder ("demo": the shipped one) and gather its flock.
 
         planned: called once, before anything large is loaded, with what memory is for.
-        options: as on the command line: ducks, transport, placement, schedule, draft, device,
-        dtype, kv, indexer, max_len, answers.
+        options: as on the command line: ducks, transport, placement, schedule, draft, early,
+        device, dtype, kv, indexer, max_len, answers, key_file, trace.
 
         Raises:
             ConfigError, WeightsError: the folder or an option cannot be used.
@@ -121,6 +129,8 @@ class Engine:
                 f"{folder}: no layer has routed experts; duck runs mixtures of experts"
             )
         ducks = Ducks.parse(chosen.ducks)
+        key_path = chosen.key_path()
+        key = ClusterKey.read(key_path) if key_path else None
         slices = placement.equal_slices(config.moe_intermediate_size, ducks.count)
         checkpoint = Checkpoint.open(folder)
         checkpoint.check(config)
@@ -130,15 +140,23 @@ class Engine:
         limit_threads()
         note = progress or (lambda _what, _done, _total: None)
         async with AsyncExitStack() as stack:
+            stack.enter_context(switching_fast())
+            trace: Trace = OFF
+            if chosen.trace is not None:
+                trace = Trace(ducks.short_names)
+                # Whatever ends us: what went wrong is then to be seen in it.
+                stack.callback(trace.write, chosen.trace)
             device = Device(chosen.device, chosen.dtype)
             stack.callback(device.close)
-            in_process = chosen.transport == "loopback"
+            kind = _transport_kind(chosen, ducks)
+            in_process = kind == "loopback"
+            plane = host_plane(kind, ducks.network)  # refuses before anything is loaded
             local: LocalDucks | None = None
-            if in_process or ducks.local:
+            if in_process or ducks.local or kind == "shm":
                 # Compiled now if need be: they would all do so at once, and be late.
                 await _load(lambda _: library.native())
             if ducks.local and not in_process:
-                local = LocalDucks.launch(ducks.local, folder)  # they start while we load
+                local = LocalDucks.launch(ducks.local, folder, key_path)  # they start while we load
                 stack.callback(local.kill)
             plan = Plan(
                 model=await _load(lambda _: experts_digest(checkpoint, config)),
@@ -178,25 +196,34 @@ class Engine:
                 if local:
                     await local.listening()
                     addresses, labels = local.addresses, local.labels
-                transport = TcpTransport(
+                transport = FlockTransport(
                     addresses,
+                    plane,
                     labels,
                     lambda duck, done, total: note(f"duck {duck}", done, total),
                     lambda duck, layer: layer_stream(checkpoint, slice_of(plan, duck), layer),
+                    _credentials(key),
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)
             await flock.start()
-            drafts = chosen.draft != "off"
-            pipeline = Pipeline(model, device, flock, drafts=drafts)
+            pipeline = Pipeline(
+                model, device, flock,
+                schedule=chosen.schedule, draft=chosen.draft, early=chosen.early, trace=trace,
+            )  # fmt: skip
+            trace.about(
+                model=folder.name, transport=kind, dtype=device.dtype_name,
+                # What a duck reads for each expert that an ask names.
+                expert_bytes=[slice_of(plan, duck).record_bytes for duck in range(plan.ducks)],
+            )  # fmt: skip
             load = _report(checkpoint, model, budget, plan, transport.attached)
-            yield cls(prompts, model, pipeline, plan, "loopback" if in_process else "tcp", load)
+            yield cls(prompts, model, pipeline, plan, kind, load)
 
     # answers
 
     def session(self) -> Session:
         """An empty conversation; pass it to `stream` again and again to keep its KV cache."""
-        return Session(self._model, 256)
+        return Session(self._model, 256, pairs=self._pipeline.drafts)
 
     async def stream(
         self,
@@ -215,11 +242,11 @@ class Engine:
         ids = self.prompts.encode(prompt, chat=chat)
         session = session or self.session()
         limit = self.prompts.limit(len(ids), sampling.max_tokens)
-        with session.answering():
+        async with session.answering():
             session.reserve(len(ids) + min(limit, 256))
             rest = session.rewind_to(ids)
-            run = _Run(self, sampling, len(ids), len(rest))
-            await self._pipeline.prefill(session, rest, run.meter)
+            run = _Run(self, self._pipeline, sampling, len(ids), len(rest))
+            await self._pipeline.prefill(session, rest)
             decode = self._pipeline.decode(session, sampling, limit, run.meter)
             async with aclosing(decode):
                 async for settled in decode:
@@ -256,7 +283,7 @@ class Engine:
         if mtp and not self.config.mtp_layers:
             raise ConfigError("this model has no MTP layer to score")
         session = Session(self._model, len(ids))
-        logits, guesses = await self._pipeline.score(session, ids, Meter(), mtp=mtp)
+        logits, guesses = await self._pipeline.score(session, ids, mtp=mtp)
         return (logits, guesses) if mtp else logits
 
 
@@ -264,11 +291,16 @@ class _Run:
     """The bookkeeping of one answer: text, reasons to finish, statistics."""
 
     def __init__(
-        self, engine: Engine, sampling: Sampling, prompt_tokens: int, prefilled: int
+        self,
+        engine: Engine,
+        pipeline: Pipeline,
+        sampling: Sampling,
+        prompt_tokens: int,
+        prefilled: int,
     ) -> None:
         self.meter = Meter()
         self.count = 0
-        self._engine, self._sampling = engine, sampling
+        self._engine, self._pipeline, self._sampling = engine, pipeline, sampling
         self._prompt_tokens, self._prefilled = prompt_tokens, prefilled
         self._text = TextStream(engine.tokenizer) if engine.tokenizer else None
         self._scanner = StopScanner(sampling.stop)
@@ -276,14 +308,14 @@ class _Run:
             raise ConfigError("stop texts need a tokenizer.json in the model folder")
         self._begun = time.perf_counter()
         self._first = 0.0
-        self._before = Meter()
+        self._before = Totals()
 
     def settle(self, token: int, chances: TokenLogprobs | None, *, last: bool) -> Piece:
         """One more token: its piece of text, and whether it is the last."""
         self.count += 1
         if self.count == 1:
             self._first = time.perf_counter()
-            self._before = _copy(self.meter)
+            self._before = self._pipeline.stages.totals()
         ended = token in self._engine.config.eos_token_ids and not self._sampling.ignore_eos
         text, stopped = "", False
         if self._text and not ended:
@@ -297,14 +329,14 @@ class _Run:
         )
 
     def _stats(self) -> dict[str, Any]:
-        """As design 5.1: times in seconds, shares of the decode time."""
+        """As design 5.1: times in seconds, shares of the decode time.
+
+        Device and ducks are busy for all answers that are being made at the time.
+        """
         now = time.perf_counter()
-        meter, before = self.meter, self._before
+        meter, work = self.meter, self._pipeline.stages.totals().since(self._before)
         ttft, decode = self._first - self._begun, now - self._first
-        device = meter.device.seconds - before.device.seconds
-        duck_s, ask_s = meter.duck_s - before.duck_s, meter.ask_s - before.ask_s
-        early = before.duck_busy_s or [0.0] * len(meter.duck_busy_s)
-        busy = [late - soon for late, soon in zip(meter.duck_busy_s, early, strict=True)]
+        ducks = work.each_duck
         settled = self.count - 1
         return {
             "prompt_tokens": self._prompt_tokens,
@@ -317,22 +349,32 @@ class _Run:
             "drafts_proposed": len(meter.drafts),
             "drafts_accepted": meter.accepted,
             "draft_tokens": [list(pair) for pair in meter.drafts],
-            "schedule": "serial",
+            "schedule": self._schedule(),
             "transport": self._engine.transport,
             "ducks": self._engine.plan.ducks,
-            "device_busy": device / decode if settled else 0.0,
-            "ducks_busy": sum(busy) / len(busy) / decode if settled and busy else 0.0,
-            "overlap_efficiency": overlap_efficiency([device, duck_s, ask_s - duck_s], decode),
+            "device_busy": min(1.0, work.device / decode) if settled else 0.0,
+            "ducks_busy": min(1.0, sum(ducks) / len(ducks) / decode) if settled else 0.0,
+            "overlap_efficiency": (
+                overlap_efficiency([work.device, work.ducks, work.wire], decode) if settled else 0.0
+            ),
             "expert_overlap": (
                 meter.shared_experts / meter.possible_experts if meter.possible_experts else 0.0
             ),
         }
 
+    def _schedule(self) -> str:
+        """The schedule of most of the answer's steps."""
+        if not self.meter.schedules:
+            return self._pipeline.chooser.way(1).policy.name
+        return self.meter.schedules.most_common(1)[0][0]
 
-def _copy(meter: Meter) -> Meter:
-    copy = Meter(ask_s=meter.ask_s, duck_s=meter.duck_s, duck_busy_s=list(meter.duck_busy_s))
-    copy.device.seconds = meter.device.seconds
-    return copy
+
+def _credentials(key: ClusterKey | None) -> Credentials | None:
+    if key is None:
+        return None
+    from duck.transports.tls import Credentials, Role  # slow to import, and only needed now
+
+    return Credentials(key, Role.HOST)
 
 
 def _budget(config: ModelConfig, device: Device, options: Options, ducks_bytes: int) -> Budget:
@@ -370,6 +412,13 @@ def _report(
             for duck, part in enumerate(plan.slices)
         ],
     )
+
+
+def _transport_kind(options: Options, ducks: Ducks) -> str:
+    """The transport that is meant by "auto"."""
+    if options.transport != "auto":
+        return options.transport
+    return "shm" if ducks.local and shm.is_available() else "tcp"
 
 
 def _shape(config: ModelConfig, device: Device, options: Options) -> wire.Shape:

@@ -3,61 +3,96 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
 from duck import wire
 from duck.errors import DuckLost, WireError
 from duck.placement import Plan
-from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Transport
+from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Rows, Transport
 
 
 class FlockAsk:
-    """An ask on its way; `sum` waits for it."""
+    """An ask on its way. Whoever holds it closes it, whatever became of it."""
 
     def __init__(self, ask: Ask, flock: Flock) -> None:
         self._ask, self._flock = ask, flock
-        # (queue, compute) of each duck, known after `sum`
+        self._rows: Rows | None = None
+        # (queue, compute) of each duck, known once it has arrived
         self.ducks_us: tuple[tuple[int, int], ...] = ()
 
-    async def sum(self) -> np.ndarray:
-        """(T, hidden) float32: the partial sums added in duck order, whatever order they came in.
+    async def arrived(self) -> None:
+        """Wait until every duck's partial sums are here.
 
         Raises:
-            DuckLost, TransportClosed: there is no sum.
-            WireError: it is not finite.
+            DuckLost, TransportClosed: they will not come.
         """
-        ask = self._ask
         try:
-            rows = await ask
+            self._rows = await self._ask
         except DuckLost as lost:
             raise await self._flock.explained(lost) from None
-        except BaseException:
-            ask.cancel()  # frees the rows when it was us who stopped waiting
-            raise
-        try:
-            partials = rows.partials(ask.count)
-            total: np.ndarray = np.array(wire.to_float32(partials[0]))
-            with np.errstate(over="ignore", invalid="ignore"):  # we look at the sum below
-                for partial in partials[1:]:
-                    total += wire.to_float32(partial)
-            self.ducks_us = tuple(rows.stamps(duck) for duck in range(len(partials)))
-            if not np.isfinite(total).all():
-                finite = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
-                bad = [str(duck) for duck, good in enumerate(finite) if not good]
-                raise WireError(
-                    f"the answers at layer {ask.layer} do not add up to numbers: "
-                    + (f"not finite from duck {', '.join(bad)}" if bad else "the sum overflows")
-                )
-        finally:
-            ask.release()
+        ducks = self._flock.plan.ducks
+        self.ducks_us = tuple(self._rows.stamps(duck) for duck in range(ducks))
+
+    def total(self) -> np.ndarray:
+        """(T, hidden) float32: the partial sums added in duck order, whatever order they came in.
+
+        Once they have arrived; in any thread, since with many ducks it takes a while.
+
+        Raises:
+            WireError: it is not finite.
+        """
+        assert self._rows is not None
+        partials = self._rows.partials(self._ask.count)
+        total = add_up(partials)
+        if not np.isfinite(total).all():
+            finite = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
+            bad = [str(duck) for duck, good in enumerate(finite) if not good]
+            raise WireError(
+                f"the answers at layer {self._ask.layer} do not add up to numbers: "
+                + (f"not finite from duck {', '.join(bad)}" if bad else "the sum overflows")
+            )
         return total
 
+    async def sum(self) -> np.ndarray:
+        """Wait, add and close."""
+        try:
+            await self.arrived()
+            return self.total()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop waiting if it still flies, and give its rows back; the second time nothing."""
+        self._ask.cancel()
+
     @property
-    def seconds(self) -> float:
-        """From sending to the last answer."""
-        return self._ask.waited_ms / 1e3
+    def sent_at(self) -> float:
+        """When it was sent, in perf_counter's seconds."""
+        return self._ask.sent_at
+
+    @property
+    def arrived_at(self) -> Sequence[float]:
+        """When each duck's answer was whole."""
+        return self._ask.arrived_at
+
+    @property
+    def done_at(self) -> float:
+        """When the last answer was whole."""
+        return self._ask.done_at
+
+
+def add_up(partials: np.ndarray) -> np.ndarray:
+    """(T, hidden) float32: partial sums (ducks, T, hidden) added in duck order.
+
+    It may overflow, or be made of what is not finite: that is for the caller to look at.
+    """
+    total: np.ndarray = np.array(wire.to_float32(partials[0]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for partial in partials[1:]:
+            total += wire.to_float32(partial)
+    return total
 
 
 class Flock:

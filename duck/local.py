@@ -32,7 +32,7 @@ class LocalDucks:
         self.addresses: tuple[str, ...] = ()
 
     @classmethod
-    def launch(cls, count: int, folder: Path) -> LocalDucks:
+    def launch(cls, count: int, folder: Path, key_file: Path | None = None) -> LocalDucks:
         """Start the processes; `listening` waits for them."""
         environment = dict(os.environ)
         # One row at a time is too little work to split; N ducks would only fight over the cores.
@@ -42,6 +42,8 @@ class LocalDucks:
             "--model", str(folder), "--parent", str(os.getpid()), "--json", "--log-level", "error",
             "--threads", str(threads_each(count)),
         ]  # fmt: skip
+        if key_file:
+            command += ["--key-file", str(key_file)]
         ducks = cls([])
         try:
             for _ in range(count):

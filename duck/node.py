@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import structlog
@@ -29,10 +29,15 @@ from duck.config import is_loopback, split_address
 from duck.errors import ConfigError, WeightsError, WireError
 from duck.kernels import library
 from duck.kernels.experts import SPIN_US, NativeExperts
+from duck.keys import ClusterKey
 from duck.placement import Plan, Slice
 from duck.slices import Arena, ModelSource, Source, StoreSource, adopt, slice_of
 from duck.transports.base import Loading
-from duck.transports.tcp import TcpDuckEnd
+from duck.transports.listen import ListeningDuck
+from duck.transports.planes import duck_planes
+
+if TYPE_CHECKING:
+    from duck.transports.tls import Credentials
 
 # A smaller arena lies in caches anyway, whatever its pages.
 SMALL_ARENA_BYTES = 64 << 20
@@ -221,6 +226,7 @@ def run_node(
     model: Path | None,
     store: Path | None,
     kernel: Kernel,
+    key_file: Path | None,
     insecure: bool,
     parent: int | None,
     as_json: bool,
@@ -228,14 +234,15 @@ def run_node(
     """Serve until interrupted, terminated, or orphaned; the slice comes from a model or a store.
 
     Raises:
-        ConfigError, WeightsError: an address or a folder that cannot be used.
+        ConfigError, WeightsError: an address, a key or a folder that cannot be used.
     """
     host, _port = split_address(listen)
-    if not is_loopback(host) and not insecure:
+    key = ClusterKey.read(key_file) if key_file else None
+    if not is_loopback(host) and not key and not insecure:
         raise ConfigError(
-            f"--listen {listen} is open to other machines, and keys are not built yet: anyone "
-            "there could read your prompts; use a loopback address, or --insecure on a network "
-            "you trust"
+            f"--listen {listen} is open to other machines, and anyone there could read your "
+            "prompts: give host and ducks a --key-file (duck key FILE makes one), or --insecure "
+            "on a network you trust"
         )
     if parent is not None:
         _die_with(parent)
@@ -244,7 +251,8 @@ def run_node(
     source = ModelSource(model) if model else StoreSource(store or Path())
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the runner then replaces
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(Node(source, kernel), str(source), listen, parent is not None, as_json))
+        node = Node(source, kernel)
+        runner.run(_serve(node, str(source), listen, key, parent is not None, as_json))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -256,34 +264,48 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _serve(node: Node, source: str, listen: str, watch_stdin: bool, as_json: bool) -> None:
+async def _serve(
+    node: Node, source: str, listen: str, key: ClusterKey | None, watch_stdin: bool, as_json: bool
+) -> None:
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
-    told = False
+    stopped = False
 
     def stop() -> None:
-        nonlocal told
-        told = True
+        nonlocal stopped
+        stopped = True
         task.cancel()
 
     loop.add_signal_handler(signal.SIGTERM, stop)
 
     def ready(address: str) -> None:
         if as_json:
-            line = json.dumps({"event": "listening", "address": address, "pid": os.getpid()})
+            told = {"event": "listening", "address": address, "pid": os.getpid()}
+            line = json.dumps({**told, "key": key.fingerprint} if key else told)
         else:
             line = f"duck listening on {address}, {source}"
+            if key:
+                line += f", key {key.fingerprint}"
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
     if watch_stdin:
         await loop.connect_read_pipe(lambda: _EndOfInput(stop), sys.stdin)
     try:
-        await TcpDuckEnd(listen, ready).serve(node)
+        credentials = _credentials(key)
+        await ListeningDuck(listen, ready, duck_planes(), credentials).serve(node)
     except asyncio.CancelledError:
-        if not told:  # Ctrl-C: the runner makes a KeyboardInterrupt of it
+        if not stopped:  # Ctrl-C: the runner makes a KeyboardInterrupt of it
             raise
+
+
+def _credentials(key: ClusterKey | None) -> Credentials | None:
+    if key is None:
+        return None
+    from duck.transports.tls import Credentials, Role  # slow to import, and only needed now
+
+    return Credentials(key, Role.DUCK)
 
 
 class _EndOfInput(asyncio.Protocol):

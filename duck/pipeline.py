@@ -1,133 +1,296 @@
-"""A lane's way through the layers, and the loops over lanes: prefill, decode, score.
+"""Lanes on their way through the layers, and what is made of them: prefill, decode, score.
 
-Inside one lane every layer waits for the one before it. This file holds the plain loop, the
-`serial`
-schedule: the device attends and routes, the ducks answer, the device merges, and nothing overlaps.
-Every
-other schedule must give the same tokens.
+Inside one lane every layer waits for the one before it: its own attention can never overlap its own
+experts. Two lanes can. While the ducks work on layer n for one of them, the device attends for the
+other. A lane waits for two things only, the device and its ask, and for one condition: whoever
+attends to another lane's tokens needs that lane's KV of the same layer, and nothing else of it.
+Every schedule is this code with a different policy, and gives the same tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
+import structlog
 import torch
 from torch import Tensor
 
-from duck.device import Busy, Device
+from duck.device import Ran, Stage
+from duck.draft import Bet, Outcome, Settled, settle
 from duck.errors import DuckError
-from duck.flock import Flock
-from duck.model.transformer import DecoderLayer, KVCache, MtpModule, Transformer
-from duck.sampling import Sampling, TokenLogprobs, choose, logprobs
+from duck.meter import Meter, Stages
+from duck.model.cache import KVCache
+from duck.model.router import Routed
+from duck.placement import Plan
+from duck.sampling import Sampling
+from duck.schedule import Chooser, Policy, Way, chunks
 from duck.session import Session
+from duck.steps import Steps
+from duck.trace import OFF, Trace
 
-# Rows of one prefill lane. Long enough that ducks read each expert once for many rows, short
-# enough that
-# a row set of all ducks' answers stays small and a cancelled prompt ends soon.
+# Rows of one prefill lane. Long enough that ducks read each expert once for many rows, short enough
+# that a row set of all ducks' answers stays small and a cancelled prompt ends soon.
 PREFILL_ROWS = 256
+# Hidden rows that wait for the MTP layer while nothing is drafted; then they are fed at once.
+UNFED_ROWS = 64
+
+Result = TypeVar("Result")
+
+_log = structlog.get_logger(__name__)
 
 
-@dataclass(eq=False)
-class Lane:
-    """Rows on their way through the layers.
+class Device(Protocol):
+    """Computes, one piece of work at a time."""
 
-    tokens: the rows' tokens; position: of the first row; cache: the KV they read and write.
-    """
-
-    tokens: Sequence[int]
-    position: int
-    cache: KVCache
+    async def run(self, stage: Stage, work: Callable[[], Result]) -> Ran[Result]: ...
 
 
-@dataclass
-class Meter:
-    """What one generation did: the stages' seconds, the drafts, the steps."""
+class FlyingAsk(Protocol):
+    """An ask that was sent; see `flock.FlockAsk`."""
 
-    device: Busy = field(default_factory=Busy)
-    ask_s: float = 0.0  # waiting for answers
-    duck_s: float = 0.0  # the slowest duck of each ask: queue and compute
-    duck_busy_s: list[float] = field(default_factory=list)  # compute of each duck
-    steps: int = 0
-    accepted: int = 0  # of the drafts
-    drafts: list[tuple[int, int]] = field(default_factory=list)  # (completion index, guess)
-    shared_experts: int = 0  # experts common to the two rows of a step, and how many there could be
-    possible_experts: int = 0
+    @property
+    def ducks_us(self) -> Sequence[tuple[int, int]]: ...
+    @property
+    def sent_at(self) -> float: ...
+    @property
+    def arrived_at(self) -> Sequence[float]: ...
+    @property
+    def done_at(self) -> float: ...
+    async def arrived(self) -> None: ...
+    def total(self) -> np.ndarray: ...
+    def close(self) -> None: ...
 
-    def asked(self, seconds: float, ducks_us: Sequence[tuple[int, int]]) -> None:
-        """Count one ask and what the ducks say they spent on it."""
-        self.ask_s += seconds
-        if not self.duck_busy_s:
-            self.duck_busy_s = [0.0] * len(ducks_us)
-        for duck, (_queue_us, compute_us) in enumerate(ducks_us):
-            self.duck_busy_s[duck] += compute_us / 1e6
-        slowest = max((queue + compute for queue, compute in ducks_us), default=0)
-        self.duck_s += min(seconds, slowest / 1e6)
 
-    def experts(self, ids: np.ndarray) -> None:
-        """Count the experts that the two rows of a step have in common."""
-        if len(ids) == 2:
-            self.shared_experts += len(np.intersect1d(ids[0], ids[1]))
-            self.possible_experts += ids.shape[1]
+class Flock(Protocol):
+    """All ducks; see `flock.Flock`."""
+
+    @property
+    def plan(self) -> Plan: ...
+    async def ask(
+        self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
+    ) -> FlyingAsk: ...
+
+
+class Layer(Protocol):
+    """A decoder layer; see `model.transformer.DecoderLayer`."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def is_moe(self) -> bool: ...
+    def attend(
+        self, x: Tensor, cache: KVCache, position: int, *, last: int | None = None
+    ) -> Tensor: ...
+    def dense(self, x: Tensor) -> Tensor: ...
+    def route(self, x: Tensor) -> Routed: ...
+    def shared(self, h: Tensor) -> Tensor: ...
+    def merge(self, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor: ...
+
+
+class Mtp(Protocol):
+    """The layer that drafts; see `model.mtp.MtpModule`."""
+
+    @property
+    def layer(self) -> Layer: ...
+    def combine(self, tokens: Sequence[int], h: Tensor) -> Tensor: ...
+    def final(self, x: Tensor) -> Tensor: ...
+
+
+class Model(Protocol):
+    """All but the routed experts; see `model.transformer.Transformer`."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+    @property
+    def mtp(self) -> Mtp | None: ...
+    def embed(self, tokens: Sequence[int]) -> Tensor: ...
+    def final(self, x: Tensor) -> Tensor: ...
+    def logits(self, h: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Settled:
-    """One completion token, and its log probabilities when they were asked for."""
+class Span:
+    """Rows of one session in a lane: its tokens, from `position` on.
 
-    token: int
-    logprobs: TokenLogprobs | None
+    The device computes span by span, so a session's rows do not depend on who travels with them.
+    """
+
+    session: Session
+    tokens: Sequence[int]
+    position: int
+
+
+class Lane:
+    """Rows on their way through the layers. Close it: it may hold an ask's row set.
+
+    Args:
+        spans: the rows, of one session or several.
+        make: computes, on the device, the rows that enter the next layer, one tensor a span.
+        behind: the lane whose KV this one attends to; it may be anywhere ahead.
+        number: 0, or 1 for guesses that trail.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        make: Callable[[], list[Tensor]],
+        *,
+        behind: Lane | None = None,
+        number: int = 0,
+    ) -> None:
+        self.spans, self.make, self.behind, self.number = spans, make, behind, number
+        self.rows = sum(len(span.tokens) for span in spans)
+        self.ids: dict[int, np.ndarray] = {}  # of each layer, for whoever is behind
+        self.ask: FlyingAsk | None = None  # what `make` still needs
+        self._written = 0  # layers whose KV is in the cache
+        self._waiting: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give back the row set of the last layer's answers, once they are summed or unwanted."""
+        if self.ask is not None:
+            self.ask.close()
+            self.ask = None
+
+    def wrote(self, layer: int) -> None:
+        """The KV of this layer and all before it is in the cache."""
+        self._written = layer + 1
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def kv(self, layer: int) -> None:
+        """Wait until the KV of a layer is written. One lane at most is behind another."""
+        while self._written <= layer:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
 
 
 class Pipeline:
-    """Runs lanes of one model over one device and one flock."""
+    """Runs lanes of one model over one device and one flock.
 
-    def __init__(self, model: Transformer, device: Device, flock: Flock, *, drafts: bool) -> None:
+    Args:
+        model: all but the routed experts.
+        device: computes it.
+        flock: the routed experts.
+        schedule, draft, early: as on the command line.
+        trace: where spans go.
+        clock: of `device` and `flock`, in seconds.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        device: Device,
+        flock: Flock,
+        *,
+        schedule: str = "serial",
+        draft: str = "auto",
+        early: str = "auto",
+        trace: Trace = OFF,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._model, self._device, self._flock = model, device, flock
-        self._mtp = model.mtp if drafts else None
+        self._mtp = model.mtp if draft != "off" else None
+        self._trace, self._clock = trace, clock
         self._wire_bits = flock.plan.shape.ask_dtype == "bfloat16"
         self._chunk = min(PREFILL_ROWS, flock.plan.shape.max_rows)
+        self.stages = Stages(flock.plan.ducks)
+        self.chooser = Chooser(schedule, draft, early, can_draft=self._mtp is not None)
+        # The plain loop is plain in all: with `serial` prompts overlap nothing either.
+        self._prompts = self.chooser.way(1).policy
+        self._steps: Steps[Bet, Outcome] = Steps(self._step, self.chooser)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether sessions keep what drafting needs."""
+        return self._mtp is not None
 
     # one lane
 
-    async def forward(self, lane: Lane, meter: Meter) -> Tensor:
-        """All layers and the last norm: (rows, hidden)."""
-        model = self._model
-        x = await self._device.run(lambda: model.embed(lane.tokens), meter.device)
-        for layer in model.layers:
-            x = await self.block(layer, x, lane, meter)
-        return await self._device.run(lambda: model.final(x), meter.device)
+    async def forward(self, lane: Lane, policy: Policy) -> list[Tensor]:
+        """All layers and the last norm: (rows, hidden) of each span."""
+        for layer in self._model.layers:
+            await self.block(layer, lane, policy)
+        # Now, not with the head: while it waits for others a lane must hold no row set.
+        h = await self._run(
+            "final", lane, None, lambda: [self._model.final(x) for x in lane.make()]
+        )
+        lane.release()
+        return h
 
     async def block(
-        self, layer: DecoderLayer, x: Tensor, lane: Lane, meter: Meter, *, last: int | None = None
-    ) -> Tensor:
-        """One layer; with `last` only that many rows leave it, though all write their KV."""
-        device = self._device
+        self, layer: Layer, lane: Lane, policy: Policy, *, last: int | None = None
+    ) -> None:
+        """One layer; with `last` only that many rows a span leave it, though all write their KV.
+
+        The sum of the answers, the residual and the next layer's attention are one piece of work:
+        one trip to the device between two asks.
+        """
+        if lane.behind is not None:
+            await lane.behind.kv(layer.index)
+        make, spans = lane.make, lane.spans
+
+        def attend() -> list[Tensor]:
+            pairs = zip(make(), spans, strict=True)
+            return [layer.attend(x, s.session.cache, s.position, last=last) for x, s in pairs]
+
         if not layer.is_moe:
-            return await device.run(
-                lambda: layer.dense(layer.attend(x, lane.cache, lane.position, last=last)),
-                meter.device,
-            )
+            outs = await self._run("dense", lane, layer, lambda: [layer.dense(x) for x in attend()])
+            lane.release()
+            lane.wrote(layer.index)
+            lane.make = lambda: outs
+            return
 
-        def attend() -> tuple[Tensor, Tensor, np.ndarray, np.ndarray, np.ndarray]:
-            attended = layer.attend(x, lane.cache, lane.position, last=last)
-            routed = layer.route(attended)
-            ids, weights = routed.ids.cpu().numpy(), routed.weights.cpu().numpy()
-            return attended, routed.h, self._to_wire(routed.h), ids, weights
+        def route() -> tuple[list[Tensor], list[Tensor], np.ndarray, np.ndarray, np.ndarray]:
+            attended = attend()
+            routed = [layer.route(x) for x in attended]
+            ids = np.concatenate([r.ids.cpu().numpy() for r in routed])
+            weights = np.concatenate([r.weights.cpu().numpy() for r in routed])
+            rows = np.concatenate([self._to_wire(r.h) for r in routed])
+            return attended, [r.h for r in routed], rows, ids, weights
 
-        attended, h, rows, ids, weights = await device.run(attend, meter.device)
-        meter.experts(ids)
-        ask = await self._flock.ask(layer.index, rows, ids, weights)
-        routed = await ask.sum()
-        meter.asked(ask.seconds, ask.ducks_us)
+        attended, hs, rows, ids, weights = await self._run("attend", lane, layer, route)
+        lane.release()
+        lane.wrote(layer.index)
+        lane.ids[layer.index] = ids
+        ask = lane.ask = await self._flock.ask(layer.index, rows, ids, weights)
 
-        def merge() -> Tensor:
-            answer = torch.from_numpy(routed).to(attended.device)
-            return layer.merge(attended, layer.shared(h), answer)
+        def share() -> list[Tensor]:
+            return [layer.shared(h) for h in hs]
 
-        return await device.run(merge, meter.device)
+        if policy.overlap:
+            shared = await self._run("shared", lane, layer, share, rows=len(rows))
+            await ask.arrived()
+        else:
+            await ask.arrived()
+            shared = await self._run("shared", lane, layer, share, rows=len(rows))
+        self._arrived(ask, layer, lane, ids)
+
+        def merge() -> list[Tensor]:
+            total = torch.from_numpy(ask.total()).to(attended[0].device)
+            parts = torch.split(total, [len(x) for x in attended])
+            trios = zip(attended, shared, parts, strict=True)
+            return [layer.merge(x, mine, routed) for x, mine, routed in trios]
+
+        lane.make = merge
 
     def _to_wire(self, h: Tensor) -> np.ndarray:
         """Rows as they travel: float32, or bfloat16 as its bits."""
@@ -136,54 +299,121 @@ class Pipeline:
             return h.to(torch.bfloat16).view(torch.uint16).numpy()
         return h.to(torch.float32).numpy()
 
-    # prefill
-
-    async def prefill(self, session: Session, tokens: Sequence[int], meter: Meter) -> None:
-        """Run `tokens` after what the session holds; leaves the last one's hidden row."""
-        for start in range(0, len(tokens), self._chunk):
-            chunk = tokens[start : start + self._chunk]
-            lane = Lane(chunk, session.length, session.cache)
-            h = await self.forward(lane, meter)
-            session.tokens += chunk
-            session.length += len(chunk)
-            if self._mtp:
-                # Pairs (hidden j, token j + 1): the row before this chunk goes with its first
-                # token.
-                rows = h[:-1] if session.hidden is None else torch.cat([session.hidden, h[:-1]])
-                if len(rows):
-                    await self._feed(self._mtp, session, chunk[-len(rows) :], rows, meter)
-            session.hidden = h[-1:]
-
-    async def _feed(
-        self, mtp: MtpModule, session: Session, tokens: Sequence[int], h: Tensor, meter: Meter
-    ) -> None:
-        """Write the MTP layer's KV for pairs; the KV of a single layer needs no experts."""
-        position = session.mtp_length
-        await self._device.run(
-            lambda: mtp.layer.attend(mtp.combine(tokens, h), session.cache, position, last=0),
-            meter.device,
+    async def _run(
+        self,
+        name: str,
+        lane: Lane,
+        layer: Layer | None,
+        work: Callable[[], Result],
+        *,
+        rows: int | None = None,
+    ) -> Result:
+        """Compute for a lane on the device, and note how long it took."""
+        stage = Stage(
+            name,
+            lane.rows if rows is None else rows,
+            -1 if layer is None else layer.index,
+            lane.number,
+            lane.spans[0].session.number,
         )
-        session.mtp_length += len(tokens)
+        return await self._compute(stage, work)
+
+    async def _compute(self, stage: Stage, work: Callable[[], Result]) -> Result:
+        ran = await self._device.run(stage, work)
+        self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun)
+        if self._trace.on:
+            self._trace.span(
+                "device", stage.name, ran.begun, ran.ended, stage.layer,
+                lane=stage.lane, session=stage.session, rows=stage.rows,
+            )  # fmt: skip
+        return ran.result
+
+    def _arrived(self, ask: FlyingAsk, layer: Layer, lane: Lane, ids: np.ndarray) -> None:
+        self.stages.asked(len(ids), ask.done_at - ask.sent_at, ask.ducks_us)
+        if self._trace.on:
+            self._trace.ask(
+                layer.index, ask.sent_at, ask.done_at, ask.ducks_us, ids, ask.arrived_at,
+                lane=lane.number, session=lane.spans[0].session.number,
+            )  # fmt: skip
+
+    # chunks of a prompt
+
+    async def _through(
+        self,
+        session: Session,
+        tokens: Sequence[int],
+        policy: Policy,
+        done: Callable[[Span, Tensor], Awaitable[None]],
+    ) -> None:
+        """Run tokens after the session's position through all layers, chunk after chunk.
+
+        Each chunk is half a layer behind the one before it: it attends to that one's KV of the same
+        layer while that one's experts are computed. `done` gets the chunks in order, each with its
+        (rows, hidden).
+        """
+        flying: deque[tuple[Span, asyncio.Task[list[Tensor]]]] = deque()
+        position, before = session.length, None
+
+        async def land() -> None:
+            span, task = flying.popleft()
+            [h] = await task
+            await done(span, h)
+
+        with ExitStack() as lanes:
+            async with _together() as group:
+                for chunk in chunks(tokens, self._chunk):
+                    if len(flying) == policy.chunks_in_flight:
+                        await land()
+                    span = Span(session, chunk, position)
+                    lane = lanes.enter_context(Lane([span], self._embed([span]), behind=before))
+                    flying.append((span, group.create_task(self.forward(lane, policy))))
+                    position, before = position + len(chunk), lane
+                while flying:
+                    await land()
+
+    def _embed(self, spans: Sequence[Span]) -> Callable[[], list[Tensor]]:
+        return lambda: [self._model.embed(span.tokens) for span in spans]
+
+    async def prefill(self, session: Session, tokens: Sequence[int]) -> None:
+        """Run `tokens` after what the session holds; leaves the last one's hidden row."""
+        begun = self._clock()
+
+        async def done(span: Span, h: Tensor) -> None:
+            session.tokens += span.tokens
+            session.length += len(span.tokens)
+            if self._mtp is None:
+                session.hidden = [h[-1:]]
+            else:
+                session.hidden.append(h)
+                await self._feed(self._mtp, session)
+
+        await self._through(session, tokens, self._prompts, done)
+        if self._trace.on:
+            self._trace.span(
+                "loop", "prefill", begun, self._clock(), session=session.number, rows=len(tokens)
+            )
+
+    async def _feed(self, mtp: Mtp, session: Session) -> None:
+        """Write the MTP layer's KV for all pairs known: no experts are needed for a layer's KV.
+
+        Pair j is (hidden j, token j + 1). The last hidden row is kept: its token is not chosen yet,
+        or the next guess is made from it.
+        """
+        kept = session.hidden[-1][-1:]
+        rows = session.unfed - 1
+        if rows:
+            tokens = session.tokens[session.mtp_length + 1 :][:rows]
+            hidden, position = session.hidden, session.mtp_length
+
+            def write() -> None:
+                x = mtp.combine(tokens, torch.cat(hidden)[:rows])
+                mtp.layer.attend(x, session.cache, position, last=0)
+
+            await self._compute(Stage("feed", rows, mtp.layer.index, 0, session.number), write)
+        session.mtp_length += rows
+        session.hidden = [kept]
 
     # decode
-
-    async def _draft(self, mtp: MtpModule, session: Session, h: Tensor, meter: Meter) -> int:
-        """Feed the MTP layer the newest pairs; guess the token after the last settled one.
-
-        h: (k, hidden), the rows that the k newest tokens were chosen from. All k write KV, only
-        the last
-        one needs experts.
-        """
-        model, tokens = self._model, session.tokens[-len(h) :]
-        lane = Lane(tokens, session.mtp_length, session.cache)
-        z = await self._device.run(lambda: mtp.combine(tokens, h), meter.device)
-        x = await self.block(mtp.layer, z, lane, meter, last=1)
-        session.mtp_length += len(h)
-
-        def guess() -> int:
-            return int(torch.argmax(model.logits(mtp.final(x))[-1]))
-
-        return await self._device.run(guess, meter.device)
 
     async def decode(
         self, session: Session, sampling: Sampling, limit: int, meter: Meter
@@ -191,82 +421,238 @@ class Pipeline:
         """Yield up to `limit` tokens after the session's; stop whenever the caller does.
 
         Every step runs the last settled token and, with drafts, the guess for the one after it.
-        When the
-        guess equals the token then settled, the second row counts too; else its KV is overwritten.
+        When the guess equals the token then settled, its row counts too; else the next step
+        overwrites its KV.
         """
-        assert session.hidden is not None
-        h, guess, index = session.hidden, None, 0
-        while True:
-            logits = await self._logits(h, meter)
-            fresh = 0
-            for row in range(len(h)):
-                settled = self._settle(session, logits[row], sampling)
-                fresh += 1
-                right = row == 0 and settled.token == guess
-                if right:
-                    meter.accepted += 1
-                    session.length += 1
-                    session.hidden = h[1:2]
-                yield settled
-                index += 1
-                if index == limit:
-                    return
-                if not right:
-                    break
-            guess = None
-            # A guess is worth its row only if the step could settle two more tokens.
-            if self._mtp and limit - index > 1:
-                guess = await self._draft(self._mtp, session, h[:fresh], meter)
-                meter.drafts.append((index - 1, guess))
-            rows = session.tokens[-1:] if guess is None else [session.tokens[-1], guess]
-            session.reserve(session.length + len(rows))
-            h = await self.forward(Lane(rows, session.length, session.cache), meter)
-            meter.steps += 1
-            session.length += 1
-            session.hidden = h[:1]
+        with self._steps.joined():
+            first = await self._first(session, sampling)
+            session.tokens.append(first.token)
+            yield first
+            index = 1
+            while index < limit:
+                if self._mtp is not None and session.unfed > UNFED_ROWS:
+                    await self._feed(self._mtp, session)
+                session.reserve(session.length + 2)
+                # A guess is worth its row only if the step could settle two more tokens.
+                bet = Bet(session, sampling, meter, may_draft=limit - index > 1)
+                outcome = await self._steps.step(bet)
+                self._apply(bet, outcome, index)
+                for settled in outcome.settled:
+                    session.tokens.append(settled.token)
+                    index += 1
+                    yield settled
 
-    def _settle(self, session: Session, logits: np.ndarray, sampling: Sampling) -> Settled:
-        """Choose the token at the position after the session's last, and append it."""
-        token = choose(logits, sampling, len(session.tokens))
-        session.tokens.append(token)
-        top = sampling.logprobs
-        return Settled(token, None if top is None else logprobs(logits, token, top))
+    async def _first(self, session: Session, sampling: Sampling) -> Settled:
+        """The token after the prompt, from the hidden row that prefill left."""
+        h, position = session.hidden[-1][-1:], len(session.tokens)
 
-    async def _logits(self, h: Tensor, meter: Meter) -> np.ndarray:
-        model = self._model
-        return await self._device.run(lambda: model.logits(h).cpu().numpy(), meter.device)
+        def head() -> Settled:
+            return settle(self._logits(h), sampling, position, None)[0]
+
+        return await self._compute(Stage("head", 1, session=session.number), head)
+
+    def _apply(self, bet: Bet, outcome: Outcome, index: int) -> None:
+        """What a step gave becomes the session's."""
+        session, meter = bet.session, bet.meter
+        meter.steps += 1
+        if outcome.guess is not None:
+            meter.drafts.append((index - 1, outcome.guess))
+            meter.accepted += len(outcome.settled) - 1
+            # All pairs known when the guess was made have been fed for it.
+            session.mtp_length = session.length
+            session.hidden = []
+        if self._mtp is None:
+            session.hidden = []
+        session.hidden.append(outcome.hidden)
+        session.length += len(outcome.settled)
+
+    async def _step(self, bets: Sequence[Bet], way: Way) -> list[Outcome]:
+        """One step of some sessions, which are left as they were."""
+        begun = self._clock()
+        drafts = way.draft and self._mtp is not None and any(bet.may_draft for bet in bets)
+        guesses: list[int | None] = [None] * len(bets)
+        with ExitStack() as open_lanes:
+            async with _together() as step:
+                lanes: list[Lane] = []
+                flying: list[asyncio.Task[list[Tensor]]] = []
+
+                def start(spans: list[Span], behind: Lane | None = None) -> None:
+                    lane = Lane(spans, self._embed(spans), behind=behind, number=len(lanes))
+                    lanes.append(open_lanes.enter_context(lane))
+                    flying.append(step.create_task(self.forward(lane, way.policy)))
+
+                sure = [Span(b.session, b.session.tokens[-1:], b.session.length) for b in bets]
+                if drafts and way.early and way.policy.apart:
+                    start(sure)
+                if drafts:
+                    guesses = await self._guess(bets, way.policy)
+                pairs = list(zip(sure, guesses, strict=True))
+                if not way.policy.apart:
+                    start([s if g is None else replace(s, tokens=[*s.tokens, g]) for s, g in pairs])
+                else:
+                    if not lanes:
+                        start(sure)
+                    bold = [
+                        replace(s, tokens=[g], position=s.position + 1)
+                        for s, g in pairs
+                        if g is not None
+                    ]
+                    if bold:
+                        start(bold, behind=lanes[0])
+            hidden = _rows_of(bets, lanes, [task.result() for task in flying])
+            outcomes = await self._settle(bets, guesses, hidden)
+        for bet in bets:
+            bet.meter.schedules[way.policy.name] += 1
+            bet.meter.experts(*_experts_of(bet.session, lanes))
+        self._note(bets, outcomes, way, begun)
+        return outcomes
+
+    async def _guess(self, bets: Sequence[Bet], policy: Policy) -> list[int | None]:
+        """Feed the MTP layer the newest pairs; guess the token after each session's last one.
+
+        All pairs write KV, only the last one of a session needs experts.
+        """
+        mtp = self._mtp
+        assert mtp is not None
+        sessions = [bet.session for bet in bets if bet.may_draft]
+        spans = [Span(s, s.tokens[-s.unfed :], s.mtp_length) for s in sessions]
+
+        def combine() -> list[Tensor]:
+            pairs = zip(sessions, spans, strict=True)
+            return [mtp.combine(span.tokens, torch.cat(s.hidden)) for s, span in pairs]
+
+        def guess() -> list[int]:
+            h = torch.cat([mtp.final(x) for x in lane.make()])
+            return [int(token) for token in torch.argmax(self._model.logits(h), dim=-1)]
+
+        with Lane(spans, lambda: combined) as lane:
+            combined = await self._run("combine", lane, mtp.layer, combine)
+            await self.block(mtp.layer, lane, policy, last=1)
+            tokens = iter(await self._run("guess", lane, mtp.layer, guess, rows=len(spans)))
+        return [next(tokens) if bet.may_draft else None for bet in bets]
+
+    async def _settle(
+        self, bets: Sequence[Bet], guesses: Sequence[int | None], hidden: Sequence[Tensor]
+    ) -> list[Outcome]:
+        """The head, once for all rows, and every session's choice. hidden: of each session."""
+
+        def head() -> list[Outcome]:
+            ends = np.cumsum([len(h) for h in hidden])[:-1]
+            logits = np.split(self._logits(torch.cat(list(hidden))), ends)
+            outcomes = []
+            for bet, guess, h, mine in zip(bets, guesses, hidden, logits, strict=True):
+                settled = settle(mine, bet.sampling, len(bet.session.tokens), guess)
+                outcomes.append(Outcome(settled, h[: len(settled)], guess))
+            return outcomes
+
+        rows = sum(len(h) for h in hidden)
+        return await self._compute(Stage("head", rows, session=bets[0].session.number), head)
+
+    def _logits(self, h: Tensor) -> np.ndarray:
+        logits: np.ndarray = self._model.logits(h).cpu().numpy()
+        return logits
+
+    def _note(
+        self, bets: Sequence[Bet], outcomes: Sequence[Outcome], way: Way, begun: float
+    ) -> None:
+        """Tell the trace of a step, and the chooser, which may want to choose."""
+        ended = self._clock()
+        for bet, outcome in zip(bets, outcomes, strict=True):
+            if self._trace.on:
+                self._trace.span(
+                    "loop", "step", begun, ended, session=bet.session.number,
+                    index=bet.meter.steps, schedule=way.policy.name, settled=len(outcome.settled),
+                )  # fmt: skip
+        proposed = sum(outcome.guess is not None for outcome in outcomes)
+        if way.draft and not proposed:
+            return  # an answer's last token: such a step tells nothing about drafts
+        sessions = self._steps.sessions
+        accepted = sum(len(outcome.settled) - 1 for outcome in outcomes)
+        due = self.chooser.note(
+            way, ended - begun, sessions=sessions, proposed=proposed, accepted=accepted
+        )
+        if due:
+            moe = sum(layer.is_moe for layer in self._model.layers)
+            times = self.stages.times(moe, len(self._model.layers) - moe)
+            choice = self.chooser.decide(times, sessions=sessions)
+            _log.info("schedule_chosen", way=str(choice.way), sessions=sessions, why=choice.why)
 
     # score
 
     async def score(
-        self, session: Session, tokens: Sequence[int], meter: Meter, *, mtp: bool
+        self, session: Session, tokens: Sequence[int], *, mtp: bool
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits of every position, (T, vocab) float32; with `mtp` also its (T - 1, vocab)."""
-        model, size = self._model, self._chunk
-        logits, hidden, guesses = [], [], []
-        for start in range(0, len(tokens), size):
-            lane = Lane(tokens[start : start + size], start, session.cache)
-            h = await self.forward(lane, meter)
-            logits.append(await self._logits(h, meter))
+        """Logits of every position, (T, vocab) float32; with `mtp` also its (T - 1, vocab).
+
+        session: a fresh one.
+        """
+        logits: list[np.ndarray] = []
+        hidden: list[Tensor] = []
+
+        async def done(span: Span, h: Tensor) -> None:
+            del span
             hidden.append(h)
+            logits.append(await self._head(session, h))
+
+        await self._through(session, tokens, self._prompts, done)
         if not mtp:
             return np.concatenate(logits), None
-        module = model.mtp
+        module = self._model.mtp
         if module is None:
             raise DuckError("this model has no MTP layer to score")
+        guesses = [np.zeros((0, logits[0].shape[1]), np.float32)]
         pairs = torch.cat(hidden)[:-1]
-        for start in range(0, len(pairs), size):
-            h, after = pairs[start : start + size], tokens[start + 1 : start + 1 + size]
-            z = await self._device.run(partial(module.combine, after, h))
-            x = await self.block(module.layer, z, Lane(after, start, session.cache), meter)
-            final = await self._device.run(partial(module.final, x))
-            guesses.append(await self._logits(final, meter))
-        vocabulary = logits[0].shape[1]
-        empty = np.zeros((0, vocabulary), np.float32)
-        return np.concatenate(logits), np.concatenate([empty, *guesses])
+        for start in range(0, len(pairs), self._chunk):
+            h = pairs[start : start + self._chunk]
+            span = Span(session, tokens[start + 1 : start + 1 + len(h)], start)
+            guesses.append(await self._score_pairs(module, span, h))
+        return np.concatenate(logits), np.concatenate(guesses)
+
+    async def _score_pairs(self, mtp: Mtp, span: Span, h: Tensor) -> np.ndarray:
+        """The MTP layer's logits of (hidden j, token j + 1)."""
+        with Lane([span], lambda: [mtp.combine(span.tokens, h)]) as lane:
+            await self.block(mtp.layer, lane, self._prompts)
+            final = await self._run("final", lane, None, lambda: mtp.final(lane.make()[0]))
+            return await self._head(span.session, final)
+
+    async def _head(self, session: Session, h: Tensor) -> np.ndarray:
+        stage = Stage("head", len(h), session=session.number)
+        return await self._compute(stage, lambda: self._logits(h))
 
 
-def overlap_efficiency(stages: Sequence[float], wall: float) -> float:
-    """(sum of stages - step) / (sum of stages - largest): 0 when nothing overlaps, 1 at best."""
-    room = sum(stages) - max(stages, default=0.0)
-    return 0.0 if room <= 0 else min(1.0, max(0.0, (sum(stages) - wall) / room))
+def _rows_of(
+    bets: Sequence[Bet], lanes: Sequence[Lane], hidden: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """Each session's hidden rows, the sure one first; hidden: of every lane and span."""
+    parts: dict[Session, list[Tensor]] = {bet.session: [] for bet in bets}
+    for lane, tensors in zip(lanes, hidden, strict=True):
+        for span, h in zip(lane.spans, tensors, strict=True):
+            parts[span.session].append(h)
+    return [torch.cat(parts[bet.session]) for bet in bets]
+
+
+def _experts_of(session: Session, lanes: Sequence[Lane]) -> tuple[np.ndarray, ...]:
+    """The experts of a session's rows in a step, (layers, top_k) of each."""
+    rows = []
+    for lane in lanes:
+        at = 0
+        for span in lane.spans:
+            stop = at + len(span.tokens)
+            if span.session is session:
+                ids = [of_layer[at:stop] for of_layer in lane.ids.values()]
+                rows += list(np.stack(ids, axis=1))
+            at = stop
+    return tuple(rows)
+
+
+@asynccontextmanager
+async def _together() -> AsyncIterator[asyncio.TaskGroup]:
+    """A TaskGroup that raises the first error as it is, not in a group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None

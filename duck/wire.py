@@ -12,6 +12,15 @@ Data plane, little-endian, one header before every frame:
                                                             28  u32 crc32 of header[0:28] + payload
     ask     ids i32 [T, K] | weights f32 [T, K] | x [T, H] in the wire dtype
     answer  queue_us u32 | compute_us u32 | 8 bytes zero | partial sums [T, H] in the answer dtype
+    nack    which fragments of the answer are missing: a bitmap, bit 0 of byte 0 is fragment 0
+    rnack   the same of the ask; all zero: it is whole and waits; empty: nothing is known of it
+    ping    u16 which duck it is for (0xFFFF: all) | u16 payload bytes of all datagrams from now on
+            (0: it is a trial) | zeros up to the size that is tried; its ticket counts the pings
+    pong    the ping's own bytes and ticket
+
+In datagrams every fragment of an ask or answer but the last is of one size, and all carry the
+checksum of the whole message (with fragment and offset 0): it is checked once, where the message
+lies.
 
 Control plane: u32 length + one msgpack map with a "t" (its kind), at most 1 MiB.
 """
@@ -51,7 +60,11 @@ class Kind(enum.IntEnum):
 
     ASK = 1
     ANSWER = 2
+    NACK = 3
+    RNACK = 4
     CANCEL = 5
+    PING = 6
+    PONG = 7
     ERROR = 8
 
 
@@ -109,7 +122,7 @@ def pack_header(
     layer: int,
     source: int,
     *,
-    payload: bytes | memoryview,
+    payload: bytes | bytearray | memoryview,
     more: bytes | memoryview = b"",
     fragment: int = 0,
     fragments: int = 1,
@@ -222,6 +235,92 @@ def answer_frames(message_bytes: int) -> Iterator[tuple[int, int, int, int]]:
         yield index, fragments, start, min(FRAME_LIMIT, message_bytes - start)
 
 
+# --- datagrams
+
+
+_FRAGMENT = struct.Struct("<H")
+_OFFSET = struct.Struct("<I")
+_PING = struct.Struct("<HH")
+PING_BYTES = _PING.size
+
+
+def datagrams(
+    kind: Kind,
+    session: int,
+    ticket: int,
+    layer: int,
+    source: int,
+    message: bytes | bytearray | memoryview,
+    payload_bytes: int,
+) -> bytes:
+    """A message as one train of datagrams, each `HEADER_BYTES + payload_bytes` long but the last.
+
+    message: not empty.
+    """
+    view = memoryview(message)
+    fragments = -(-len(view) // payload_bytes)
+    head = bytearray(
+        pack_header(kind, session, ticket, layer, source, payload=message, fragments=fragments)
+    )
+    parts: list[bytes | memoryview] = [bytes(head), view[:payload_bytes]]
+    for fragment in range(1, fragments):
+        offset = fragment * payload_bytes
+        _FRAGMENT.pack_into(head, 16, fragment)
+        _OFFSET.pack_into(head, 24, offset)
+        parts += (bytes(head), view[offset : offset + payload_bytes])
+    return b"".join(parts)
+
+
+def check_message(header: Header, message: bytes | memoryview) -> bool:
+    """Whether a message put together from datagrams is the one that was sent.
+
+    header: of any of its fragments.
+    """
+    whole = pack_header(
+        header.kind, header.session, header.ticket, header.layer, header.source,
+        payload=message, fragments=header.fragments,
+    )  # fmt: skip
+    return int.from_bytes(whole[28:], "little") == header.crc
+
+
+def pack_missing(missing: int, fragments: int) -> bytes:
+    """The body of a NACK or RNACK: bit n of `missing` is fragment n of so many."""
+    return missing.to_bytes(-(-fragments // 8), "little")
+
+
+def unpack_missing(payload: bytes | memoryview, fragments: int) -> int:
+    """Which fragments a NACK or RNACK is about, as bits.
+
+    Raises:
+        WireError: a bitmap for another number of fragments.
+    """
+    missing = int.from_bytes(payload, "little")
+    if len(payload) != -(-fragments // 8) or missing >> fragments:
+        raise WireError(f"a bitmap of {len(payload)} bytes for a message of {fragments} fragments")
+    return missing
+
+
+def pack_ping(duck: int, use: int, size: int) -> bytes:
+    """The body of a PING.
+
+    duck: which one it is for, `HOST`: all. use: payload bytes of datagrams from now on, or 0.
+    size: of the body, at least `PING_BYTES`.
+    """
+    return _PING.pack(duck, use).ljust(size, b"\0")
+
+
+def unpack_ping(payload: bytes | memoryview) -> tuple[int, int]:
+    """Which duck a PING is for, and the payload bytes of datagrams from now on.
+
+    Raises:
+        WireError: it does not say.
+    """
+    if len(payload) < PING_BYTES:
+        raise WireError(f"PING of {len(payload)} bytes, want {PING_BYTES} or more")
+    duck, use = _PING.unpack_from(payload)
+    return duck, use
+
+
 # --- bfloat16 <-> float32 on plain numpy
 
 
@@ -245,6 +344,16 @@ def to_wire(x: np.ndarray, dtype: str) -> np.ndarray:
 
 # --- control plane
 
+# How a TLS connection begins: a record of a handshake (or an alert), of version 3.x. No control
+# message does: it would be one of 66 KB or more, and a greeting is far shorter.
+_TLS_RECORDS = (22, 21)
+TELLING_BYTES = 3
+
+
+def looks_like_tls(data: bytes | bytearray | memoryview) -> bool:
+    """Whether a connection that begins so (`TELLING_BYTES` or more) speaks TLS."""
+    return data[0] in _TLS_RECORDS and data[1] == 3 and 1 <= data[2] <= 4
+
 
 def encode_control(message: Mapping[str, Any]) -> bytes:
     """One control message, framed."""
@@ -259,9 +368,10 @@ def _refuse_extension(code: int, _data: bytes) -> Any:
 
 
 class ControlDecoder:
-    """Control messages out of a byte stream, however it is cut."""
+    """Control messages out of a byte stream, however it is cut; none longer than `limit` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = CONTROL_LIMIT) -> None:
+        self.limit = limit
         self._buffer = bytearray()
 
     @property
@@ -279,8 +389,8 @@ class ControlDecoder:
         messages: list[dict[str, Any]] = []
         while len(self._buffer) >= 4:
             size = int.from_bytes(self._buffer[:4], "little")
-            if size > CONTROL_LIMIT:
-                raise WireError(f"control message of {size} bytes, at most {CONTROL_LIMIT}")
+            if size > self.limit:
+                raise WireError(f"control message of {size} bytes, at most {self.limit}")
             if len(self._buffer) < 4 + size:
                 break
             body = bytes(self._buffer[4 : 4 + size])

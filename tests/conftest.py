@@ -20,6 +20,20 @@ structlog.configure(
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="also what is marked full: all combinations"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        skipped = pytest.mark.skip(reason="a combination that --full adds")
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(skipped)
+
+
 @pytest.fixture(autouse=True)
 def _events_go_to_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("duck.log.configure", lambda *_args, **_more: None)

@@ -12,17 +12,27 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from duck import wire
+from duck.config import Network
+from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
+from duck.transports.control import FlockTransport, Plane
+from duck.transports.faulty import Faults, FaultyPlane, disturb
+from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.tcp import TcpDuckEnd, TcpTransport
+from duck.transports.multicast import MulticastDuckPlane, MulticastTransport
+from duck.transports.shm import ShmDuckPlane, ShmPlane, ShmTransport
+from duck.transports.tcp import TcpDuckPlane, TcpPlane, TcpTransport
+from duck.transports.tls import Credentials, Role
 
 WAIT_S = 20.0  # what a test waits for comes at once, or never
+KEY = ClusterKey(bytes(range(32)))
 
 
 def plan_for(
@@ -47,6 +57,7 @@ class FakeDuck:
         self.begun: asyncio.Queue[int] = asyncio.Queue()
         self.attached: list[tuple[Plan, int]] = []
         self.partial: Callable[[int, np.ndarray], np.ndarray] = self._partial
+        self.die: Callable[[], object] | None = None  # as if its process was killed, if it can
         self._loop = asyncio.get_running_loop()
         self._held: dict[int, threading.Event] = {}
 
@@ -91,12 +102,17 @@ async def loopback(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Trans
 
 @contextlib.asynccontextmanager
 async def listening(
-    handler: Any, listen: str = "127.0.0.1:0"
-) -> AsyncIterator[tuple[str, TcpDuckEnd]]:
+    handler: Any, listen: str = "127.0.0.1:0", key: ClusterKey | None = None
+) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    end = TcpDuckEnd(listen, ready.set_result)
+    tcp = TcpDuckPlane()
+    planes = [tcp, ShmDuckPlane(), MulticastDuckPlane(tcp)]
+    credentials = Credentials(key, Role.DUCK) if key else None
+    end = ListeningDuck(listen, ready.set_result, planes, credentials)
     serving = asyncio.create_task(end.serve(handler))
+    if isinstance(handler, FakeDuck):
+        handler.die = serving.cancel
     try:
         await asyncio.wait([ready, serving], timeout=WAIT_S, return_when="FIRST_COMPLETED")
         if serving.done():
@@ -109,18 +125,79 @@ async def listening(
 
 
 @contextlib.asynccontextmanager
-async def tcp(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
+async def _behind_ports(
+    make: Callable[..., FlockTransport],
+    ducks: Sequence[FakeDuck],
+    plan: Plan,
+    key: ClusterKey | None = None,
+) -> AsyncIterator[Transport]:
     """Ducks behind ports of this machine."""
     async with contextlib.AsyncExitStack() as stack:
-        ends = [await stack.enter_async_context(listening(duck)) for duck in ducks]
-        transport = TcpTransport([address for address, _ in ends])
+        ends = [await stack.enter_async_context(listening(duck, key=key)) for duck in ducks]
+        credentials = Credentials(key, Role.HOST) if key else None
+        transport = make([address for address, _ in ends], credentials=credentials)
         stack.push_async_callback(transport.close)
         await transport.start(plan)
         yield transport
 
 
+class _Faulty(FlockTransport):
+    """Over a plane that delays, reorders and repeats, which nobody may notice."""
+
+    plane_class: type[Plane]
+
+    def __init__(self, addresses: Sequence[str], **more: Any) -> None:
+        plane = FaultyPlane(self.plane_class(), asks=_harmless(1), answers=_harmless(2))
+        super().__init__(addresses, plane, **more)
+
+
+def _harmless(seed: int) -> Faults[Any]:
+    return Faults(seed, duplicate=0.0 if seed == 1 else 0.2, reorder=0.2, delay_s=0.002)
+
+
+class FaultyTcp(_Faulty):
+    plane_class = TcpPlane
+
+
+class FaultyShm(_Faulty):
+    plane_class = ShmPlane
+
+
+@contextlib.asynccontextmanager
+async def faulty_loopback(ducks: Sequence[FakeDuck], plan: Plan) -> AsyncIterator[Transport]:
+    """Ducks inside the transport, their answers noted late, twice and in another order."""
+    transport = LoopbackTransport(ducks)
+    end: Callable[[], None] | None = None
+    try:
+        await transport.start(plan)
+        end = disturb(transport.asks, _harmless(3))
+        yield transport
+    finally:
+        if end:
+            end()
+        await transport.close()
+
+
+class Multicast(MulticastTransport):
+    """On the loopback interface with the packets of an Ethernet, so that messages are cut."""
+
+    def __init__(self, addresses: Sequence[str], **more: Any) -> None:
+        super().__init__(addresses, network=Network(mtu=1500), **more)
+
+
 # Every transport that keeps the contract; each is tested by the same suite.
-MAKERS = {"loopback": loopback, "tcp": tcp}
+MAKERS = {
+    "loopback": loopback,
+    "loopback, faulty": faulty_loopback,
+    "shm": partial(_behind_ports, ShmTransport),
+    "shm with a key": partial(_behind_ports, ShmTransport, key=KEY),
+    "shm, faulty": partial(_behind_ports, FaultyShm),
+    "tcp": partial(_behind_ports, TcpTransport),
+    "tcp with a key": partial(_behind_ports, TcpTransport, key=KEY),
+    "tcp, faulty": partial(_behind_ports, FaultyTcp),
+    "multicast": partial(_behind_ports, Multicast),
+    "multicast with a key": partial(_behind_ports, Multicast, key=KEY),
+}
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The native library as Python sees it: loaded once, every function with its C types.
 
-What the functions mean is said in `native/duck.h`. Calls through ctypes release the GIL.
+What the functions mean is said in `native/duck.h`. Calls release the GIL but those of `swift`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from duck.kernels.build import find_library
 
 OK, BAD_SHAPE, NO_MEMORY, NO_ISA, NOT_A_NUMBER, BAD_ID, TWICE, NOT_LOADED = range(8)
 """Status codes of duck.h."""
+MESSAGE_NONE, MESSAGE_GOOD, MESSAGE_BAD, MESSAGE_OTHER = range(4)
+"""States of duck.h's messages."""
+SWIFT_BYTES = 1 << 16
+"""What passes over at most so many bytes takes microseconds: see `swift`."""
 
 # gate, up and down, each with the distance of its rows; then their scales
 _SLICE = [c_void_p, c_ssize_t] * 3 + [c_void_p] * 3
@@ -43,6 +47,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_experts_read": (c_uint64, [c_void_p, c_void_p, c_size_t, c_size_t]),
     "duck_atomic_add_u32": (c_uint32, [c_void_p, c_uint32]),
     "duck_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
+    "duck_message_put": (None, [c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t]),
+    "duck_messages_get": (
+        c_int,
+        [c_void_p, c_size_t, c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p],
+    ),
     "duck_bf16_from_f32": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_f32_from_bf16": (None, [c_void_p, c_void_p, c_size_t]),
 }
@@ -56,17 +65,54 @@ def native() -> ctypes.CDLL:
         ConfigError: it is not there and cannot be compiled.
     """
     library = ctypes.CDLL(str(find_library()))
+    _declare(library)
+    return library
+
+
+@cache
+def swift() -> ctypes.PyDLL:
+    """The same library for calls of a few microseconds: they keep the GIL.
+
+    Giving it up costs more than such a call takes, and a thread that wants it back waits for the
+    others' turn.
+
+    Raises:
+        ConfigError: as `native`.
+    """
+    library = ctypes.PyDLL(native()._name)
+    _declare(library)
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return library
+
+
+def is_loaded() -> bool:
+    """Whether `native` has been called: what comes now compiles nothing."""
+    return bool(native.cache_info().currsize)
 
 
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of what gave `crc`, followed by `data` (contiguous)."""
-    view = np.frombuffer(data, np.uint8)
-    value: int = native().duck_crc32c(crc, view.ctypes.data, view.nbytes)
+    size = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
+    library = swift() if size <= SWIFT_BYTES else native()
+    value: int = library.duck_crc32c(crc, address_of(data), size)
     return value
+
+
+def address_of(data: bytes | bytearray | memoryview) -> Any:
+    """Where contiguous memory lies, as a pointer argument; the caller keeps `data` alive."""
+    if isinstance(data, bytes):
+        return data
+    view = memoryview(data)
+    if not view.nbytes:
+        return None
+    if view.readonly:
+        return np.frombuffer(view, np.uint8).ctypes.data
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def atomic_add_u32(memory: npt.NDArray[np.uint32], value: int) -> int:
@@ -74,7 +120,7 @@ def atomic_add_u32(memory: npt.NDArray[np.uint32], value: int) -> int:
     assert memory.dtype == np.uint32
     assert memory.flags.writeable
     assert memory.ctypes.data % 4 == 0
-    before: int = native().duck_atomic_add_u32(memory.ctypes.data, value & 0xFFFFFFFF)
+    before: int = swift().duck_atomic_add_u32(memory.ctypes.data, value & 0xFFFFFFFF)
     return before
 
 

@@ -51,17 +51,23 @@ class Rows:
 
     Every row starts on a 64-byte boundary; the 16 bytes of stamps lie just before it, so that an
     answer message is received in one stretch.
+
+    Args:
+        number: which row set of its flock this is; see `set_capacities`.
     """
 
-    def __init__(self, ducks: int, shape: wire.Shape, capacity: int) -> None:
+    def __init__(self, ducks: int, shape: wire.Shape, capacity: int, number: int = 0) -> None:
         self._shape = shape
-        self.capacity = capacity
+        self.capacity, self.number = capacity, number
         size = -(-shape.answer_bytes(capacity) // _ALIGN) * _ALIGN
         raw = np.zeros(ducks * (size + _ALIGN) + _ALIGN, np.uint8)
         start = -raw.ctypes.data % _ALIGN
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
         first = _ALIGN - wire.STAMP_BYTES
         self.landing = tuple(row.data[first:] for row in self._memory)
+        # The same for native code: where the first landing place is, and how far apart they are.
+        self.address: int = self._memory.ctypes.data + first
+        self.stride: int = self._memory.strides[0]
         self.in_use = False
 
     def partials(self, rows: int) -> np.ndarray:
@@ -76,17 +82,24 @@ class Rows:
         return queue_us, compute_us
 
 
+def set_capacities(shape: wire.Shape) -> tuple[int, ...]:
+    """How many rows each row set of a flock takes: the small sets, then the large ones."""
+    small = min(SMALL_ROWS, shape.max_rows)
+    large = LARGE_SETS if shape.max_rows > small else 0
+    return (small,) * SMALL_SETS + (shape.max_rows,) * large
+
+
 class RowRing:
     """The free row sets of one flock; `acquire` waits for one."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        small = min(SMALL_ROWS, plan.shape.max_rows)
-        self._free_small = [Rows(plan.ducks, plan.shape, small) for _ in range(SMALL_SETS)]
+        capacities = set_capacities(plan.shape)
+        self._small_rows = capacities[0]
+        self._free_small = [self._make(number) for number in range(SMALL_SETS)]
         self._free_large: list[Rows] = []
         # Made when the first long ask needs one: decode-only hosts never pay for them.
-        self._large_unmade = LARGE_SETS
-        self._small_rows = small
+        self._unmade = list(range(SMALL_SETS, len(capacities)))
         self._waiting: list[tuple[bool, asyncio.Future[Rows]]] = []
         self._closed = False
 
@@ -105,9 +118,8 @@ class RowRing:
             )
         large = rows > self._small_rows
         free = self._free_large if large else self._free_small
-        if large and not free and self._large_unmade:
-            self._large_unmade -= 1
-            free.append(Rows(self._plan.ducks, self._plan.shape, self._plan.shape.max_rows))
+        if large and not free and self._unmade:
+            free.append(self._make(self._unmade.pop()))
         if free:
             chosen = free.pop()
             chosen.in_use = True
@@ -123,6 +135,10 @@ class RowRing:
             raise
         finally:
             self._waiting = [w for w in self._waiting if w[1] is not future]
+
+    def _make(self, number: int) -> Rows:
+        capacity = set_capacities(self._plan.shape)[number]
+        return Rows(self._plan.ducks, self._plan.shape, capacity, number)
 
     def release(self, rows: Rows) -> None:
         """Give a set back; the first matching waiter gets it."""
@@ -145,7 +161,7 @@ class RowRing:
     @property
     def free(self) -> int:
         """How many sets are free or not made yet."""
-        return len(self._free_small) + len(self._free_large) + self._large_unmade
+        return len(self._free_small) + len(self._free_large) + len(self._unmade)
 
 
 class Ask:
@@ -158,6 +174,7 @@ class Ask:
         "_freed",
         "_future",
         "_table",
+        "arrived_at",
         "count",
         "deadline",
         "done_at",
@@ -179,6 +196,7 @@ class Ask:
         self.fragments = max(1, -(-message // wire.FRAME_LIMIT))
         self.gather = Gather(table.plan.ducks, self.fragments)
         self.sent_at = time.perf_counter()
+        self.arrived_at = [0.0] * table.plan.ducks  # when each duck's answer was whole
         self.done_at = 0.0
         self._future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
         self._freed = False
@@ -255,11 +273,19 @@ class AskTable:
         Raises:
             WireError: it does not belong to this ask.
         """
-        if ask.gather.note(duck, fragment, fragments) and ask.gather.complete:
+        if not ask.gather.note(duck, fragment, fragments) or not ask.gather.has(duck):
+            return
+        now = ask.arrived_at[duck] = time.perf_counter()
+        if ask.gather.complete:
             del self.open_asks[ask.ticket]
-            ask.done_at = time.perf_counter()
+            ask.done_at = now
             if not ask._future.done():
                 ask._future.set_result(ask.rows)
+
+    def arrived_whole(self, ask: Ask, duck: int) -> None:
+        """All of a duck's verified answer lies in the row set, however many fragments it has."""
+        for fragment in range(ask.fragments):
+            self.arrived(ask, duck, fragment, ask.fragments)
 
     def cancel(self, ask: Ask) -> None:
         if self.open_asks.pop(ask.ticket, None) is not None:

@@ -1,7 +1,8 @@
 """One TCP connection: control messages until `carry_data`, from then on data frames.
 
-Frames are received straight into the place that their header asks for. Both ends of the tcp
-transport use it; what a header may ask for is theirs to say.
+Frames are received straight into the place that their header asks for, or, when they are sealed, by
+way of sealed.py. Both ends of the tcp transport use it; what a header may ask for is theirs to say.
+With a key, control messages travel inside TLS (tls.py), which a link puts between itself and them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from duck import wire
 from duck.errors import TransportError, WireError
+from duck.seal import Opener
+from duck.transports.sealed import SealedFrames
+
+if TYPE_CHECKING:  # certificates are slow to import, and only needed with a key
+    from duck.transports.tls import Tls
 
 _CONTROL_BUFFER = 1 << 16
 _MAX_UNREAD = 64  # control messages a peer may send ahead of us
@@ -55,9 +61,17 @@ class Link(asyncio.BufferedProtocol):
 
     Args:
         opened: called once it is connected.
+        tls: what goes between control messages and the wire.
+        judge: looks at a connection's first bytes and says what does, if anything; may limit how
+            long a message is (`limit`), or raise WireError.
     """
 
-    def __init__(self, opened: Callable[[Link], None] | None = None) -> None:
+    def __init__(
+        self,
+        opened: Callable[[Link], None] | None = None,
+        tls: Tls | None = None,
+        judge: Callable[[Link, bytes], Tls | None] | None = None,
+    ) -> None:
         self.transport: asyncio.Transport
         self.heard = 0  # receptions: any change is a sign of life
         self.dropped = 0  # whole messages that had no place any more
@@ -65,10 +79,14 @@ class Link(asyncio.BufferedProtocol):
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.on_close: Callable[[str], None] | None = None
         self._opened = opened
+        self._tls, self._judge = tls, judge
+        self._first = b""  # what came before the judge had enough to judge by
         self._decoder = wire.ControlDecoder()
         self._buffer = memoryview(bytearray(_CONTROL_BUFFER))
         self._frames: Frames | None = None
+        self._sealed: SealedFrames | None = None
         self.error: WireError | None = None  # what the peer did wrong
+        self._last_words = ""  # of a peer that refused us
         self._head = bytearray(wire.HEADER_BYTES)
         self._header: wire.Header | None = None
         self._have = 0
@@ -86,10 +104,13 @@ class Link(asyncio.BufferedProtocol):
             for name, value in _KEEPALIVE:
                 if hasattr(socket, name):
                     connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._send_tls()
         if self._opened:
             self._opened(self)
 
     def get_buffer(self, _sizehint: int) -> memoryview:
+        if self._sealed:
+            return self._sealed.room()
         if self._frames is None:
             return self._buffer
         if self._header is None:
@@ -103,7 +124,10 @@ class Link(asyncio.BufferedProtocol):
     def buffer_updated(self, count: int) -> None:
         self.heard += 1
         try:
-            if self._frames:
+            if self._sealed:
+                self._sealed.received(count)
+                self.dropped = self._sealed.dropped
+            elif self._frames:
                 self._received(count, self._frames)
             else:
                 self._control(count)
@@ -119,6 +143,8 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         reason = "connection closed" if exc is None else f"connection lost ({exc})"
+        if self._last_words:
+            reason = f"{reason} after the words: {self._last_words}"
         if not self.closed.done():
             self.closed.set_result(reason)
         self.messages.put_nowait(None)
@@ -127,15 +153,53 @@ class Link(asyncio.BufferedProtocol):
 
     # control
 
+    @property
+    def peer(self) -> str:
+        """The other end's address, as the system has it."""
+        name = self.transport.get_extra_info("peername")
+        return f"{name[0]}:{name[1]}" if isinstance(name, tuple) and len(name) > 1 else ""
+
+    def limit(self, nbytes: int) -> None:
+        """From now on refuse control messages that are longer."""
+        self._decoder.limit = nbytes
+
+    @property
+    def secure(self) -> bool:
+        """Control messages travel inside TLS, and the peer has shown that it has our key."""
+        return self._tls is not None and self._tls.ready
+
     def _control(self, count: int) -> None:
-        for message in self._decoder.feed(self._buffer[:count]):
+        data: bytes | memoryview = self._buffer[:count]
+        if self._judge:
+            data = self._first = self._first + data
+            if len(data) < wire.TELLING_BYTES:
+                return
+            self._tls, self._judge = self._judge(self, data), None
+        if self._tls:
+            try:
+                data = self._tls.feed(data)
+            finally:  # also the alert that says why not
+                self._send_tls()
+        for message in self._decoder.feed(data):
             if self.messages.qsize() >= _MAX_UNREAD:
                 raise WireError(f"more than {_MAX_UNREAD} unread control messages")
+            if message["t"] == "ERR" and isinstance(text := message.get("text"), str):
+                self._last_words = wire.plain(text)
             self.messages.put_nowait(message)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(wire.encode_control(message))
+        if self.transport.is_closing():
+            return
+        data = wire.encode_control(message)
+        if self._tls:
+            self._tls.write(data)
+            self._send_tls()
+        else:
+            self.transport.write(data)
+
+    def _send_tls(self) -> None:
+        if self._tls and (data := self._tls.to_send()) and not self.transport.is_closing():
+            self.transport.write(data)
 
     async def receive(self, timeout_s: float | None = None) -> dict[str, Any]:
         """The next control message.
@@ -161,11 +225,15 @@ class Link(asyncio.BufferedProtocol):
 
     # data
 
-    def carry_data(self, frames: Frames) -> None:
-        """Switch to data frames."""
+    def carry_data(self, frames: Frames, opener: Opener | None = None) -> None:
+        """Switch to data frames, sealed ones if there is an opener for them."""
         if self._decoder.pending or not self.messages.empty():
             raise WireError("bytes ahead of the switch to data frames")
+        if self._tls:
+            raise WireError("data frames have their own seal: no TLS on their connection")
         self._frames = frames
+        if opener:
+            self._sealed = SealedFrames(frames, opener)
 
     def _received(self, count: int, frames: Frames) -> None:
         self._have += count

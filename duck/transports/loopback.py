@@ -38,19 +38,20 @@ class LoopbackTransport:
         self._table = AskTable(plan, labels)
         for duck, handler in enumerate(self._handlers):
             self.attached.append(await handler.attach(plan, duck, _Quiet()))
-        if self._asks.closed:
+        if self.asks.closed:
             raise TransportClosed("closed while it started")
         # One worker a duck: its asks are answered in order, as on a duck of its own.
         self._workers = [Worker(handler) for handler in self._handlers]
         self._table.on_cancel = self._drop
 
     @property
-    def _asks(self) -> AskTable:
+    def asks(self) -> AskTable:
+        """The asks in flight."""
         assert self._table is not None, "start() comes first"
         return self._table
 
     async def acquire(self, rows: int = 1) -> Rows:
-        return await self._asks.ring.acquire(rows)
+        return await self.asks.ring.acquire(rows)
 
     def ask(
         self,
@@ -63,7 +64,7 @@ class LoopbackTransport:
         deadline: float,
     ) -> Ask:
         """Hand the rows to every worker; see the contract in `base`."""
-        ask = self._asks.open(layer, len(x), ids, rows, deadline)
+        ask = self.asks.open(layer, len(x), ids, rows, deadline)
         # The caller may reuse its arrays as soon as we return, as with bytes handed to a socket.
         body = wire.AskBody(ids.copy(), weights.copy(), x.copy())
         patience_s = deadline - self._loop.time()
@@ -84,7 +85,7 @@ class LoopbackTransport:
             self._loop.call_soon_threadsafe(self._deliver, ask, duck, answer, stamps)
 
     def _deliver(self, ask: Ask, duck: int, answer: np.ndarray | DuckError, stamps: bytes) -> None:
-        asks = self._asks
+        asks = self.asks
         if isinstance(answer, DuckError):
             asks.lose(duck, f"the duck could not answer: {answer}")
         elif ask.ticket not in asks.open_asks:
@@ -92,11 +93,10 @@ class LoopbackTransport:
         else:
             ask.rows.landing[duck][: wire.STAMP_BYTES] = stamps
             ask.rows.partials(ask.count)[duck] = answer
-            for fragment in range(ask.fragments):
-                asks.arrived(ask, duck, fragment, ask.fragments)
+            asks.arrived_whole(ask, duck)
 
     def stats(self) -> Mapping[str, float]:
-        return {"late_answers": self._asks.late_answers, "rows_free": self._asks.ring.free}
+        return {"late_answers": self.asks.late_answers, "rows_free": self.asks.ring.free}
 
     async def close(self) -> None:
         """End the workers; safe to call twice and with asks in flight."""

@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 
 from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
 from duck.flock import Flock, FlockAsk
+from duck.transports import listen
 from duck.transports.base import SMALL_SETS
 from tests.flocks import MAKERS, WAIT_S, FakeFlock, fake_flock
 
@@ -62,6 +63,16 @@ async def test_long_asks_of_several_frames(kind: str, ask_dtype: str) -> None:
     async with fake_flock(kind, hidden=2050, max_rows=256, ask_dtype=ask_dtype) as flock:
         asks = [await flock.ask(layer, rows) for layer, rows in ((1, 256), (2, 1), (3, 255))]
         for (ask, want), rows in zip(asks, (256, 1, 255), strict=True):
+            np.testing.assert_array_equal((await ask).partials(rows), want)
+            ask.release()
+
+
+async def test_an_ask_of_a_whole_prompt(kind: str) -> None:
+    """Real widths: 4.7 MB to every duck and back from each."""
+    shape = {"hidden": 7168, "max_rows": 328, "ask_dtype": "bfloat16", "answer_dtype": "bfloat16"}
+    async with fake_flock(kind, ducks=2, **shape) as flock:
+        for rows in (328, 1, 327):
+            ask, want = await flock.ask(3, rows)
             np.testing.assert_array_equal((await ask).partials(rows), want)
             ask.release()
 
@@ -375,6 +386,31 @@ async def test_ids_that_no_duck_has(flock: FakeFlock) -> None:
     ask, want = await flock.ask(1)
     np.testing.assert_array_equal((await ask).partials(1), want)
     ask.release()
+
+
+async def test_a_duck_that_dies(flock: FakeFlock) -> None:
+    if flock.ducks[1].die is None:
+        pytest.skip("a duck inside the host cannot die alone")
+    flock.ducks[1].hold(4)
+    ask, _ = await flock.ask(4, 2)
+    while ask.gather.missing != (1,):  # noqa: ASYNC110 (the others may be slow)
+        await asyncio.sleep(0.001)
+    flock.ducks[1].die()
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(DuckLost) as caught:
+            await ask
+    assert (caught.value.index, caught.value.layer) == (1, 4)
+    with pytest.raises(DuckLost):
+        await flock.ask(5)
+
+
+async def test_ducks_of_another_version(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind.startswith("loopback"):
+        pytest.skip("a duck inside the host has its version")
+    monkeypatch.setattr(listen, "PROTOCOL", (90, 99))
+    with pytest.raises(WireError, match=r"duck \d .*speaks protocol .*install the same version"):
+        async with fake_flock(kind):
+            pass
 
 
 # --- closing

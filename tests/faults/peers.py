@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ClassVar
 
@@ -11,10 +12,12 @@ import numpy as np
 
 from duck import wire
 from duck.placement import Plan
-from duck.transports.tcp import PROTOCOL, TcpTransport
+from duck.transports.control import NONCE_BYTES, PROTOCOL
+from duck.transports.tcp import TcpTransport
+from duck.transports.tls import Credentials
 from tests.flocks import WAIT_S
 
-SESSION = 77
+NONCE = bytes(NONCE_BYTES)
 TOKEN = b"0123456789abcdef"
 
 
@@ -30,9 +33,13 @@ class Peer:
         self.made.add(self)
 
     @classmethod
-    async def connect(cls, address: str) -> Peer:
+    async def connect(cls, address: str, credentials: Credentials | None = None) -> Peer:
+        """Credentials: what to show inside TLS, which is then asyncio's own, not ours."""
         host, port = address.rsplit(":", 1)
-        return cls(*await asyncio.open_connection(host, int(port), limit=1 << 24))
+        more: dict[str, Any] = {"limit": 1 << 24}
+        if credentials:
+            more |= {"ssl": credentials.context, "server_hostname": ""}
+        return cls(*await asyncio.open_connection(host, int(port), **more))
 
     def say(self, kind: str, **fields: Any) -> None:
         self.writer.write(wire.encode_control({"t": kind, **fields}))
@@ -83,11 +90,15 @@ def hello(plan: Plan, duck: int = 0, **changes: Any) -> dict[str, Any]:
     return {
         "v": list(PROTOCOL),
         "software": "duck 0.0.0 (test)",
+        "session": secrets.randbits(32),
+        "nonce": NONCE,
         "plan": plan.to_wire(),
         "plan_hash": plan.hash(),
         "duck": duck,
         "slice_hash": plan.slice_hash(duck),
         "patience": [30.0, 0.5],
+        "data": "tcp",
+        "plane": {},
         **changes,
     }
 
@@ -95,8 +106,11 @@ def hello(plan: Plan, duck: int = 0, **changes: Any) -> dict[str, Any]:
 class Host:
     """A host made by hand: a control and a data connection to one duck."""
 
-    def __init__(self, plan: Plan, control: Peer, data: Peer, welcome: dict[str, Any]) -> None:
+    def __init__(
+        self, plan: Plan, control: Peer, data: Peer, session: int, welcome: dict[str, Any]
+    ) -> None:
         self.plan, self.control, self.data, self.welcome = plan, control, data, welcome
+        self.session = session
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -104,13 +118,14 @@ class Host:
         control = await Peer.connect(address)
         data: Peer | None = None
         try:
-            control.say("HELLO", **hello(plan, duck))
+            said = hello(plan, duck)
+            control.say("HELLO", **said)
             welcome = await control.hear()
             assert welcome["t"] == "WELCOME", welcome
             data = await Peer.connect(address)
-            data.say("DATA", v=PROTOCOL[1], token=welcome["token"])
+            data.say("DATA", token=welcome["plane"]["token"])
             assert (await data.hear())["t"] == "OK"
-            yield cls(plan, control, data, welcome)
+            yield cls(plan, control, data, said["session"], welcome)
         finally:
             control.close()
             if data:
@@ -130,7 +145,7 @@ class Host:
         out = []
         for fragment, fragments, offset, size in wire.answer_frames(len(body)):
             fields = {
-                "kind": wire.Kind.ASK, "session": self.welcome["session"], "ticket": 1,
+                "kind": wire.Kind.ASK, "session": self.session, "ticket": 1,
                 "layer": 1, "source": wire.HOST, "fragment": fragment, "fragments": fragments,
                 "message_bytes": len(body), "offset": offset, **head,
             }  # fmt: skip
@@ -193,7 +208,8 @@ class ScriptedDuck:
                 peer.say(
                     "WELCOME",
                     **{
-                        "v": 1, "software": "a script", "session": SESSION, "token": TOKEN,
+                        "v": PROTOCOL[1], "software": "a script", "nonce": NONCE,
+                        "plane": {"token": TOKEN},
                         "plan_hash": message["plan_hash"], "slice_hash": message["slice_hash"],
                         **self._welcome,
                     },
@@ -219,7 +235,7 @@ def answer(
     out = []
     for fragment, fragments, offset, size in wire.answer_frames(len(body)):
         fields = {
-            "kind": wire.Kind.ANSWER, "session": SESSION, "ticket": header.ticket,
+            "kind": wire.Kind.ANSWER, "session": header.session, "ticket": header.ticket,
             "layer": header.layer, "source": 0, "fragment": fragment, "fragments": fragments,
             "message_bytes": len(body), "offset": offset, **head,
         }  # fmt: skip

@@ -15,8 +15,9 @@ import pytest
 from duck import wire
 from duck.errors import DuckLost, TransportClosed, TransportError, WireError
 from duck.placement import Plan
-from duck.transports import base, tcp
+from duck.transports import base, control
 from duck.transports.base import Ask
+from duck.transports.listen import ListeningDuck
 from duck.transports.tcp import TcpTransport
 from tests.faults.peers import Peer, ScriptedDuck, answer, host_of
 from tests.flocks import WAIT_S, FakeDuck, listening, plan_for
@@ -61,16 +62,17 @@ async def _start(duck: ScriptedDuck, plan: Plan = PLAN) -> None:
 @pytest.mark.parametrize(
     ("welcome", "told"),
     [
-        ({"v": 2}, "speaks protocol 2, this host 1"),
+        ({"v": 3}, "speaks protocol 3, this host 2"),
         ({"v": "1"}, "field 'v' is str"),
         ({"plan_hash": "0"}, "another plan hash"),
         ({"plan_hash": None}, "field 'plan_hash'"),
         ({"slice_hash": "0"}, "another slice hash"),
-        ({"session": 1 << 32}, "impossible session"),
-        ({"session": -1}, "impossible session"),
-        ({"session": True}, "field 'session' is bool"),
-        ({"token": b"x" * 65}, "impossible session"),
-        ({"token": "text"}, "field 'token' is str"),
+        ({"nonce": b""}, "nonce of 0 bytes, want 16"),
+        ({"nonce": None}, "field 'nonce'"),
+        ({"plane": None}, "field 'plane'"),
+        ({"plane": {}}, "field 'token'"),
+        ({"plane": {"token": b"x" * 65}}, "impossible token"),
+        ({"plane": {"token": "text"}}, "field 'token' is str"),
     ],
 )
 async def test_welcomes_that_are_none(welcome: dict[str, Any], told: str) -> None:
@@ -124,7 +126,7 @@ async def test_a_duck_that_closes_instead_of_answering() -> None:
 
 
 async def test_a_duck_that_accepts_and_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "CONNECT_S", 0.05)
+    monkeypatch.setattr(control, "CONNECT_S", 0.05)
     with pytest.raises(DuckLost, match="no WELCOME and no sign of life") as caught:
         await _start(ScriptedDuck(script=_says()))
     assert caught.value.waited_ms >= 50
@@ -133,7 +135,7 @@ async def test_a_duck_that_accepts_and_stalls(monkeypatch: pytest.MonkeyPatch) -
 async def test_a_duck_that_loads_for_longer_than_a_silence_may_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tcp, "CONNECT_S", 1.0)
+    monkeypatch.setattr(control, "CONNECT_S", 1.0)
     told = asyncio.Event()
 
     async def load(peer: Peer, hello: dict[str, Any]) -> None:
@@ -151,6 +153,28 @@ async def test_a_duck_that_loads_for_longer_than_a_silence_may_be(
         transport = TcpTransport([duck.address], None, lambda *_: told.set())
         with pytest.raises(WireError, match="enough"):
             await transport.start(PLAN)
+
+
+async def test_a_duck_that_loads_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that it loads, again and again, and never a byte more."""
+    monkeypatch.setattr(control, "PROGRESS_S", 0.05)
+    told = asyncio.Event()
+
+    async def load(peer: Peer, hello: dict[str, Any]) -> None:
+        peer.say("LOADING", done=6, total=9)
+        peer.say("LOADING", done=7, total=9)
+        while True:
+            told.clear()
+            peer.say("LOADING", done=7, total=9)
+            async with asyncio.timeout(WAIT_S):
+                await told.wait()
+
+    async with ScriptedDuck(script=load).listening() as duck:
+        transport = TcpTransport([duck.address], None, lambda *_: told.set())
+        with pytest.raises(DuckLost, match="it loads, and not a byte more has come for") as caught:
+            async with asyncio.timeout(WAIT_S):
+                await transport.start(PLAN)
+    assert caught.value.waited_ms >= 50
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "no.such.host.invalid:1", "..:1"])
@@ -186,8 +210,8 @@ async def test_one_duck_refuses_and_the_others_are_let_go() -> None:
         await transport.close()
 
 
-def _attached(end: tcp.TcpDuckEnd) -> bool:
-    return any(session.data for session in end._sessions.values())
+def _attached(end: ListeningDuck) -> bool:
+    return any(session.feed.link for session in end._sessions.values())
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])
@@ -253,7 +277,7 @@ async def test_fragments_mixed_and_a_cancelled_ask_between() -> None:
         values = [rng.standard_normal((4, 1 << 17), np.float32) for _ in range(3)]
         one, two = (answer(plan, head, part) for head, part in zip(heads, values, strict=False))
         data.writer.write(one[: 2 * frame] + two[frame : frame + 5000])
-        link = transport._data[0]
+        link = transport.plane._links[0]
         async with asyncio.timeout(WAIT_S):
             while link._have < 4000:  # noqa: ASYNC110 (now inside the second fragment)
                 await asyncio.sleep(0.001)
@@ -284,7 +308,7 @@ BAD_ANSWERS: dict[str, tuple[Callable[[wire.Header], bytes], str]] = {
     "sums": (lambda ask: _flip(answer(PLAN, ask, OK), 60), "failed its checksum"),
     "stamps": (lambda ask: _flip(answer(PLAN, ask, OK), 33), "failed its checksum"),
     "magic": (lambda ask: _flip(answer(PLAN, ask, OK), 0), "does not speak duck"),
-    "session": (lambda ask: answer(PLAN, ask, OK, session=78), "a frame of session 0x4e"),
+    "session": (lambda ask: answer(PLAN, ask, OK, session=ask.session ^ 1), "a frame of session"),
     "source": (lambda ask: answer(PLAN, ask, OK, source=1), "duck 1"),
     "layer": (lambda ask: answer(PLAN, ask, OK, layer=6), "for layer 6"),
     "an ask": (lambda ask: answer(PLAN, ask, OK, kind=wire.Kind.ASK), "a duck sent ASK"),
@@ -330,7 +354,7 @@ async def test_an_error_that_comes_in_pieces() -> None:
         frame = answer(
             PLAN, header, np.zeros((1, 0)), stamps=b"cannot " * 100, kind=wire.Kind.ERROR
         )
-        link = transport._data[0]
+        link = transport.plane._links[0]
         for start in range(0, len(frame), 100):
             heard = link.heard
             data.writer.write(frame[start : start + 100])
@@ -406,7 +430,7 @@ async def test_a_duck_that_freezes_in_the_middle_of_an_ask(monkeypatch: pytest.M
 
 async def test_a_duck_that_computes_for_long_is_not_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "TICK_S", 0.005)
-    monkeypatch.setattr(tcp, "SILENT_TICKS", 6)
+    monkeypatch.setattr(control, "SILENT_TICKS", 6)
     async with host_of(ScriptedDuck(), PLAN) as (transport, data):
         ask = await _ask(transport)
         header, _ = await data.frame()
@@ -415,13 +439,13 @@ async def test_a_duck_that_computes_for_long_is_not_frozen(monkeypatch: pytest.M
         def count() -> None:
             nonlocal ticks
             ticks += 1
-            transport._look_at_ducks()
+            transport._tick()
 
-        transport._asks.on_tick = count
+        transport.asks.on_tick = count
         async with asyncio.timeout(WAIT_S):
             while ticks < 30:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
-        assert not transport._asks.lost
+        assert not transport.asks.lost
         data.writer.write(answer(PLAN, header, OK))
         np.testing.assert_array_equal((await ask).partials(1)[0], OK)
         ask.release()
@@ -435,7 +459,7 @@ async def test_pongs_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
             while link.heard < 100:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         assert link.messages.qsize() < 64
-        assert not transport._asks.lost
+        assert not transport.asks.lost
 
 
 async def test_a_duck_lost_before_its_answer_is_missed_only_by_asks_it_owes() -> None:

@@ -6,6 +6,7 @@ Whatever they send, the duck goes on serving the honest ones, and tells why it r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ from duck.errors import ConfigError, WeightsError
 from duck.node import Node
 from duck.placement import Plan
 from duck.slices import ModelSource
-from duck.transports.tcp import TcpDuckEnd, TcpTransport
+from duck.transports.listen import ListeningDuck
+from duck.transports.tcp import TcpDuckPlane, TcpTransport
 from tests.checkpoints import CONFIG, make_checkpoint
 from tests.faults.peers import Host, Peer, hello
 from tests.flocks import WAIT_S, FakeDuck, listening, plan_for
@@ -43,7 +45,7 @@ async def duck() -> AsyncIterator[FakeDuck]:
 
 
 @pytest.fixture
-async def served(duck: FakeDuck) -> AsyncIterator[tuple[str, TcpDuckEnd]]:
+async def served(duck: FakeDuck) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A listening duck; whatever a test did to it, it must serve an honest host afterwards."""
     async with listening(duck) as (address, end):
         yield address, end
@@ -90,7 +92,9 @@ async def _until(condition: Callable[[], bool]) -> None:
         (wire.encode_control({"t": "HELLO"}), "field 'v'"),
     ],
 )
-async def test_garbage_on_the_port(served: tuple[str, TcpDuckEnd], data: bytes, told: str) -> None:
+async def test_garbage_on_the_port(
+    served: tuple[str, ListeningDuck], data: bytes, told: str
+) -> None:
     address, end = served
     peer = await Peer.connect(address)
     peer.writer.write(data)
@@ -101,7 +105,7 @@ async def test_garbage_on_the_port(served: tuple[str, TcpDuckEnd], data: bytes, 
     assert end.refused == 1
 
 
-async def test_a_thousand_connections_that_say_nothing(served: tuple[str, TcpDuckEnd]) -> None:
+async def test_a_thousand_connections_that_say_nothing(served: tuple[str, ListeningDuck]) -> None:
     address, end = served
     end.MAX_STRANGERS = 32
     silent = [await Peer.connect(address) for _ in range(1000)]
@@ -113,7 +117,7 @@ async def test_a_thousand_connections_that_say_nothing(served: tuple[str, TcpDuc
     await _until(lambda: not end._strangers)
 
 
-async def test_a_peer_that_connects_and_stalls(served: tuple[str, TcpDuckEnd]) -> None:
+async def test_a_peer_that_connects_and_stalls(served: tuple[str, ListeningDuck]) -> None:
     address, end = served
     end.GREETING_S = 0.05
     silent, slow = await Peer.connect(address), await Peer.connect(address)
@@ -129,7 +133,7 @@ async def test_a_peer_that_connects_and_stalls(served: tuple[str, TcpDuckEnd]) -
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"v": [2, 3]}, "speaks protocol 1, the host (duck 0.0.0 (test)) speaks 2..3: install the"),
+        ({"v": [3, 4]}, "speaks protocol 2, the host (duck 0.0.0 (test)) speaks 3..4: install the"),
         ({"v": [0, 0]}, "speaks 0..0"),
         ({"v": [3, 1]}, "speaks 3..1"),
         ({"v": [1]}, "[lowest, highest]"),
@@ -151,10 +155,19 @@ async def test_a_peer_that_connects_and_stalls(served: tuple[str, TcpDuckEnd]) -
         ({"duck": 1}, "duck 1 of 1"),
         ({"duck": -1}, "duck -1 of 1"),
         ({"duck": True}, "field 'duck' is bool"),
+        ({"session": 1 << 32}, "is no 32-bit number"),
+        ({"session": -1}, "is no 32-bit number"),
+        ({"session": True}, "field 'session' is bool"),
+        ({"session": None}, "field 'session'"),
+        ({"nonce": b"x" * 15}, "nonce of 15 bytes, want 16"),
+        ({"nonce": "x" * 16}, "field 'nonce' is str"),
+        ({"data": "pigeon"}, "this duck has no transport 'pigeon', it has tcp, shm"),
+        ({"data": 7}, "field 'data' is int"),
+        ({"plane": []}, "field 'plane' is list"),
     ],
 )
 async def test_hello_that_is_refused(
-    served: tuple[str, TcpDuckEnd], duck: FakeDuck, changes: dict[str, Any], told: str
+    served: tuple[str, ListeningDuck], duck: FakeDuck, changes: dict[str, Any], told: str
 ) -> None:
     address, end = served
     peer = await Peer.connect(address)
@@ -168,17 +181,19 @@ async def test_hello_that_is_refused(
     assert not end._sessions
 
 
-async def test_a_newer_host_that_still_speaks_our_version(served: tuple[str, TcpDuckEnd]) -> None:
+async def test_a_newer_host_that_still_speaks_our_version(
+    served: tuple[str, ListeningDuck],
+) -> None:
     peer = await Peer.connect(served[0])
-    peer.say("HELLO", **hello(PLAN, v=[1, 7], more="fields that we do not know"))
+    peer.say("HELLO", **hello(PLAN, v=[2, 7], more="fields that we do not know"))
     welcome = await peer.hear()
-    assert (welcome["t"], welcome["v"]) == ("WELCOME", 1)
+    assert (welcome["t"], welcome["v"]) == ("WELCOME", 2)
     peer.say("BYE")
     assert await peer.ended()
 
 
 async def test_host_of_another_slice_while_one_is_served(
-    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+    served: tuple[str, ListeningDuck], duck: FakeDuck
 ) -> None:
     address, _ = served
     async with Host.attached(address, PLAN) as first:
@@ -187,17 +202,17 @@ async def test_host_of_another_slice_while_one_is_served(
         assert "serves another host with another slice" in (await peer.hear())["text"]
         # The same slice may be shared.
         async with Host.attached(address, PLAN) as second:
-            assert first.welcome["session"] != second.welcome["session"]
+            assert first.session != second.session
             for host in (first, second):
                 host.data.writer.write(host.ask())
-                assert (await host.data.frame())[0].session == host.welcome["session"]
+                assert (await host.data.frame())[0].session == host.session
         first.control.say("BYE")
         assert await first.control.ended()
     async with Host.attached(address, OTHER_SLICE):
         assert [plan for plan, _ in duck.attached][-1] == OTHER_SLICE
 
 
-async def test_more_hosts_than_a_duck_serves(served: tuple[str, TcpDuckEnd]) -> None:
+async def test_more_hosts_than_a_duck_serves(served: tuple[str, ListeningDuck]) -> None:
     address, end = served
     end.MAX_SESSIONS = 1
     async with Host.attached(address, PLAN):
@@ -207,7 +222,58 @@ async def test_more_hosts_than_a_duck_serves(served: tuple[str, TcpDuckEnd]) -> 
     await _until(lambda: not end._sessions)
 
 
-async def test_a_host_that_is_gone_without_a_word(served: tuple[str, TcpDuckEnd]) -> None:
+async def test_one_session_twice(served: tuple[str, ListeningDuck]) -> None:
+    """Another host may not take over asks and answers of a session that lives."""
+    address, _ = served
+    async with Host.attached(address, PLAN) as host:
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(PLAN, session=host.session))
+        assert "is its address given twice?" in (await peer.hear())["text"]
+        host.data.writer.write(host.ask())
+        assert (await host.data.frame())[0].session == host.session
+
+
+async def test_a_silent_host_keeps_its_place_until_another_needs_it(
+    served: tuple[str, ListeningDuck],
+) -> None:
+    address, end = served
+    end.MAX_SESSIONS, end.SILENT_S = 2, 1000.0
+    async with contextlib.AsyncExitStack() as stack:
+        lively, silent = [
+            await stack.enter_async_context(Host.attached(address, PLAN)) for _ in range(2)
+        ]
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(PLAN))
+        assert "already serves 2 hosts" in (await peer.hear())["text"]
+        # Both have been silent for longer now; the one that spoke last is spared.
+        end.SILENT_S = 0.0
+        before = end._sessions[lively.session].heard_at
+        lively.control.say("PING")
+        await _until(lambda: end._sessions[lively.session].heard_at > before)
+        async with Host.attached(address, PLAN) as new:
+            assert (await silent.control.hear())["text"].startswith("this host said nothing for")
+            assert await silent.data.ended()
+            assert set(end._sessions) == {lively.session, new.session}
+            for host in (lively, new):
+                host.data.writer.write(host.ask())
+                assert (await host.data.frame())[0].session == host.session
+    assert end.evicted == 1
+
+
+async def test_an_evicted_host_is_told_why(served: tuple[str, ListeningDuck]) -> None:
+    address, end = served
+    end.MAX_SESSIONS, end.SILENT_S = 1, 0.0
+    transport = TcpTransport([address])
+    try:
+        await transport.start(PLAN)
+        async with Host.attached(address, PLAN):
+            await _until(lambda: bool(transport.asks.lost))
+        assert "another one needed its place" in transport.asks.lost[0]
+    finally:
+        await transport.close()
+
+
+async def test_a_host_that_is_gone_without_a_word(served: tuple[str, ListeningDuck]) -> None:
     address, end = served
     async with Host.attached(address, PLAN):
         pass
@@ -355,6 +421,25 @@ async def test_two_hosts_load_one_slice_once() -> None:
             peer.close()
 
 
+async def test_who_waits_for_anothers_load_is_told_its_progress() -> None:
+    """Else its host would think that it is stuck."""
+    slow = SlowDuck()
+    told: list[tuple[int, int, int]] = []
+
+    async with listening(slow) as (address, _):
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(PLAN))
+        await slow.loading.wait()
+        transport = TcpTransport([address], None, lambda *args: told.append(args))
+        starting = asyncio.create_task(transport.start(PLAN))
+        await _until(lambda: bool(told))
+        assert set(told) == {(0, 3, 10)}
+        slow.disk.set()
+        await starting
+        await transport.close()
+        peer.close()
+
+
 async def test_a_host_that_goes_while_its_slice_is_loaded() -> None:
     slow = SlowDuck()
     async with listening(slow) as (address, end):
@@ -402,33 +487,40 @@ async def test_a_bug_while_loading_is_logged_and_the_host_let_go() -> None:
 # --- DATA
 
 
-async def test_data_connections_of_nobody(served: tuple[str, TcpDuckEnd]) -> None:
+async def test_data_connections_of_nobody(served: tuple[str, ListeningDuck]) -> None:
     address, _ = served
     async with Host.attached(address, PLAN) as host:
-        for token in (b"", bytes(16), host.welcome["token"][:-1], host.welcome["token"]):
+        for token in (
+            b"",
+            bytes(16),
+            host.welcome["plane"]["token"][:-1],
+            host.welcome["plane"]["token"],
+        ):
             peer = await Peer.connect(address)
-            peer.say("DATA", v=1, token=token)
+            peer.say("DATA", token=token)
             assert "no such session, or it has" in (await peer.hear())["text"]
             assert await peer.ended()
         host.data.writer.write(host.ask())  # the rightful one still works
         await host.data.frame()
 
 
-async def test_frames_ahead_of_the_switch(served: tuple[str, TcpDuckEnd], duck: FakeDuck) -> None:
+async def test_frames_ahead_of_the_switch(
+    served: tuple[str, ListeningDuck], duck: FakeDuck
+) -> None:
     """A second connection may not smuggle bytes past the handshake."""
     address, _ = served
     control = await Peer.connect(address)
-    control.say("HELLO", **hello(PLAN))
-    welcome = await control.hear()
-    host = Host(PLAN, control, control, welcome)
+    control.say("HELLO", **hello(PLAN, session=1))
+    token = (await control.hear())["plane"]["token"]
+    host = Host(PLAN, control, control, 1, {})
     for ahead in (host.ask(), b"\1\2", wire.encode_control({"t": "PING"})):
         data = await Peer.connect(address)
-        data.writer.write(wire.encode_control({"t": "DATA", "token": welcome["token"]}) + ahead)
+        data.writer.write(wire.encode_control({"t": "DATA", "token": token}) + ahead)
         assert (await data.hear())["t"] == "ERR"
         assert await data.ended()
     # The session is still to be had.
     data = await Peer.connect(address)
-    data.say("DATA", token=welcome["token"])
+    data.say("DATA", token=token)
     assert (await data.hear())["t"] == "OK"
     assert duck.begun.empty()
     control.close()
@@ -444,7 +536,7 @@ BAD_FRAMES: dict[str, Callable[[Host], bytes]] = {
     "ticket changed under way": lambda host: _flip(host.ask(), 8),
     "magic": lambda host: _flip(host.ask(), 0),
     "version": lambda host: _flip(host.ask(), 2),
-    "session": lambda host: host.ask(session=host.welcome["session"] ^ 1),
+    "session": lambda host: host.ask(session=host.session ^ 1),
     "source": lambda host: host.ask(source=0),
     "layer without experts": lambda host: host.ask(layer=10),
     "an answer": lambda host: host.ask(kind=wire.Kind.ANSWER),
@@ -464,7 +556,7 @@ BAD_FRAMES: dict[str, Callable[[Host], bytes]] = {
 
 @pytest.mark.parametrize("bad", BAD_FRAMES)
 async def test_frames_that_no_host_may_send(
-    served: tuple[str, TcpDuckEnd], duck: FakeDuck, bad: str
+    served: tuple[str, ListeningDuck], duck: FakeDuck, bad: str
 ) -> None:
     address, end = served
     with capture_logs() as logs:
@@ -498,7 +590,7 @@ async def test_frames_of_two_asks_mixed() -> None:
 
 
 async def test_cancelled_asks_are_not_computed(
-    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+    served: tuple[str, ListeningDuck], duck: FakeDuck
 ) -> None:
     address, end = served
     duck.hold(1)
@@ -508,7 +600,7 @@ async def test_cancelled_asks_are_not_computed(
         host.data.writer.write(
             host.ask(layer=2, ticket=2) + host.ask(layer=3, ticket=3) + host.cancel(2)
         )
-        session = host.welcome["session"]
+        session = host.session
         await _until(lambda: end._worker.waiting(session)[0] == 1 and not duck._held[1].is_set())
         duck.let_go()
         assert [(await host.data.frame())[0].ticket for _ in range(2)] == [1, 3]
@@ -519,7 +611,7 @@ async def test_cancelled_asks_are_not_computed(
 
 
 async def test_asks_of_two_hosts_for_one_layer_are_one_pass(
-    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+    served: tuple[str, ListeningDuck], duck: FakeDuck
 ) -> None:
     address, end = served
     duck.hold(1)
@@ -529,7 +621,7 @@ async def test_asks_of_two_hosts_for_one_layer_are_one_pass(
         one.data.writer.write(one.ask(2, layer=2, ticket=2))
         other.data.writer.write(other.ask(3, layer=2, ticket=7))
         for host in (one, other):
-            session = host.welcome["session"]
+            session = host.session
             await _until(lambda session=session: end._worker.waiting(session)[0] == 1)
         duck.let_go()
         assert [(await one.data.frame())[0].ticket for _ in range(2)] == [1, 2]
@@ -541,7 +633,7 @@ async def test_asks_of_two_hosts_for_one_layer_are_one_pass(
 
 
 async def test_asks_of_a_host_that_is_gone_are_not_computed(
-    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+    served: tuple[str, ListeningDuck], duck: FakeDuck
 ) -> None:
     address, end = served
     duck.hold(1)
@@ -550,7 +642,7 @@ async def test_asks_of_a_host_that_is_gone_are_not_computed(
         assert await duck.begun.get() == 1
         for ticket in (2, 3):
             host.data.writer.write(host.ask(ticket=ticket))
-        session = host.welcome["session"]
+        session = host.session
         await _until(lambda: end._worker.waiting(session)[0] == 2)
     await _until(lambda: not end._sessions)
     assert end._worker.waiting(session) == (0, 0)
@@ -559,7 +651,7 @@ async def test_asks_of_a_host_that_is_gone_are_not_computed(
 
 
 async def test_more_asks_than_a_host_may_have_waiting(
-    served: tuple[str, TcpDuckEnd], duck: FakeDuck
+    served: tuple[str, ListeningDuck], duck: FakeDuck
 ) -> None:
     address, end = served
     duck.hold(1)
@@ -570,7 +662,7 @@ async def test_more_asks_than_a_host_may_have_waiting(
         # Cancelled ones do not count, however many there were.
         cancelled = b"".join(host.ask(ticket=70, layer=2) + host.cancel(70) for _ in range(100))
         host.data.writer.write(cancelled + many)
-        session = host.welcome["session"]
+        session = host.session
         await _until(lambda: end._worker.waiting(session)[0] == 64)
         host.data.writer.write(host.ask(ticket=66))
         assert await host.data.ended()
@@ -586,8 +678,7 @@ async def test_a_host_that_reads_no_answers_is_read_no_more(duck: FakeDuck) -> N
         ask = host.ask(4)
         stuck = asyncio.create_task(_write_on(host.data, ask))
         (session,) = end._sessions.values()
-        assert session.data is not None
-        duck_side = session.data.transport
+        duck_side = session.feed.link.transport  # type: ignore[attr-defined]
         # What it was given to compute is bounded, and so is what waits to be sent.
         await _until(lambda: not duck_side.is_reading())
         assert not stuck.done()
@@ -622,18 +713,18 @@ async def test_a_worker_that_is_in_the_middle_of_an_ask_when_the_duck_stops() ->
 # --- addresses
 
 
-async def test_a_port_in_use(served: tuple[str, TcpDuckEnd]) -> None:
+async def test_a_port_in_use(served: tuple[str, ListeningDuck]) -> None:
     address, _ = served
     with pytest.raises(
         ConfigError, match=f"cannot listen on {address}: .*in use.*; choose another"
     ):
-        await TcpDuckEnd(address, lambda _: None).serve(FakeDuck(1))
+        await ListeningDuck(address, lambda _: None, [TcpDuckPlane()]).serve(FakeDuck(1))
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "..", "x" * 300])
 async def test_addresses_that_are_none(host: str) -> None:
     with pytest.raises(ConfigError, match="cannot listen on"):
-        await TcpDuckEnd(f"{host}:0", lambda _: None).serve(FakeDuck(0))
+        await ListeningDuck(f"{host}:0", lambda _: None, [TcpDuckPlane()]).serve(FakeDuck(0))
 
 
 async def test_ipv6(duck: FakeDuck) -> None:

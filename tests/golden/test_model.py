@@ -110,7 +110,9 @@ async def agree(
     start = len(prompt)
     greedy = duck.Sampling(max_tokens=DECODED, temperature=0, ignore_eos=True)
     drafts: list[list[int]] = []
-    async with duck.Engine.open(folder, ducks=f"local:{ducks}", transport="loopback") as engine:
+    async with duck.Engine.open(
+        folder, ducks=f"local:{ducks}", transport="loopback", draft="mtp"
+    ) as engine:
         done = await engine.generate(prompt, greedy)
         ids = prompt + done.token_ids
         if truth.has_mtp:

@@ -11,8 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from duck import cli
+from duck.keys import ClusterKey
 from duck.model.weights import Checkpoint
 from tests.checkpoints import make_checkpoint
+from tests.perfetto import check_schema
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +53,15 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--ducks", "nowhere"), "want local:N, HOST:PORT"),
         (("generate", "MODEL", *IDS, "--ducks", "a:1,a:1"), "appears twice"),
         (("generate", "MODEL", *IDS, "--ducks", "none.toml"), "none.toml: No such file"),
-        (("generate", "MODEL", *IDS, "--ducks", "local:64", "--transport", "shm"), "not built yet"),
-        (("generate", "MODEL", *IDS, "--transport", "pigeon"), "want one of auto, loopback, tcp"),
-        (("generate", "MODEL", *IDS, "--schedule", "wave"), "--schedule wave is not built yet"),
+        (
+            ("generate", "MODEL", *IDS, "--transport", "pigeon"),
+            "want one of auto, loopback, shm, tcp, multicast",
+        ),
+        (("generate", "MODEL", *IDS, "--schedule", "tide"), "want one of auto, serial, batch"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
-        (("generate", "MODEL", *IDS, "--trace", "t.json"), "--trace is not built yet"),
+        (("generate", "MODEL", *IDS, "--trace", "no/dir/t.json"), "no such folder: no/dir"),
+        (("generate", "MODEL", *IDS, "--trace", "."), "--trace '.' is no file"),
+        (("trace",), "WHAT"),
         (("generate", "MODEL", *IDS, "--transport", "loopback", "--ducks", "h:1"), "inside this"),
         (("generate", "MODEL", *IDS, "--max-len", "0"), "--max-len 0: the model's context is 2560"),
         (("generate", "MODEL", *IDS, "--max-len", "3"), "a session holds 3 tokens (--max-len)"),
@@ -72,6 +78,16 @@ IDS = ("--prompt-ids", "5,6,7")
         (("bench", "kernel", "--memory-gib", "9e9"), "free, want less"),
         (("bench", "kernel", "--repeats", "0"), "--repeats 0: want more than 0"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
+        (("node", "--listen", "0.0.0.0:1", "--model", "MODEL", "--key-file", "x"), "duck key x"),
+        (
+            ("node", "--listen", "0.0.0.0:1", "--model", "M", "--key-file", "x", "--insecure"),
+            "--insecure: not allowed with argument --key-file",
+        ),
+        (("generate", "MODEL", *IDS, "--key-file", "none.key"), "none.key: No such file"),
+        (("generate", "MODEL", *IDS, "--key-file", ""), "--key-file is empty"),
+        (("generate", "MODEL", *IDS, "--key-file", __file__), "chmod 600"),
+        (("key", ""), "FILE is empty"),
+        (("key", __file__), "exists already"),
         (("node", "--listen", "127.0.0.1", "--model", "MODEL"), "want HOST:PORT"),
         (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
         (("node", "--listen", "127.0.0.1:0", "--store", "x", "--threads", "-1"), "--threads -1"),
@@ -104,7 +120,57 @@ def test_generate_json(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
     assert [chances["token"] for chances in told["logprobs"]] == answer["token_ids"]
 
 
-@pytest.mark.parametrize("transport", ["loopback", "tcp"])
+def test_a_key_is_made_and_used(
+    capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "pond.key"
+    code, out, err = run(capfd, "key", path)
+    assert (code, err) == (0, "")
+    fingerprint = ClusterKey.read(path).fingerprint
+    assert out == f"key {fingerprint} written to {path}\n"
+    code, out, _ = run(capfd, "key", tmp_path / "other.key", "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert set(told) == {"key_file", "fingerprint"}
+    assert told["fingerprint"] != fingerprint
+    words = ("generate", folder, *IDS, "--max-tokens", "6", "--ignore-eos", "--json")
+    plain = json.loads(run(capfd, *words, "--transport", "tcp")[1])
+    for transport in ("tcp", "shm"):
+        code, out, err = run(capfd, *words, "--transport", transport, "--key-file", path)
+        assert (code, err) == (0, "")
+        assert json.loads(out)["token_ids"] == plain["token_ids"]
+
+
+@pytest.mark.parametrize("schedule", ["serial", "batch", "wave"])
+def test_trace_of_an_answer(
+    capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, schedule: str
+) -> None:
+    path = tmp_path / "out.json"
+    words = ("generate", folder, *IDS, "--max-tokens", "6", "--ignore-eos", "--json")
+    plain = run(capfd, *words, "--schedule", schedule)
+    traced = run(capfd, *words, "--schedule", schedule, "--trace", path)
+    assert plain[0] == traced[0] == 0
+    answer = json.loads(traced[1])
+    assert json.loads(plain[1])["token_ids"] == answer["token_ids"]
+    document = json.loads(path.read_text())
+    check_schema(document)
+    assert document["otherData"]["ducks"] == ["duck 0", "duck 1"]
+    spans = [event for event in document["traceEvents"] if event["ph"] == "X"]
+    asks = [event for event in spans if event["cat"] == "net"]
+    answers = [event for event in spans if event["cat"] in ("duck 0", "duck 1")]
+    assert len(answers) == 2 * len(asks) > 0
+    code, out, err = run(capfd, "trace", "summarize", path, "--json")
+    assert (code, err) == (0, "")
+    figures = json.loads(out)
+    assert figures["schedule"] == schedule
+    assert figures["steps"] == answer["stats"]["steps"]
+    # The first token comes from the prompt.
+    assert figures["settled"] == answer["stats"]["completion_tokens"] - 1
+    assert all(duck["gb_s"] > 0 for duck in figures["ducks"])
+    assert figures["common_experts"] == pytest.approx(answer["stats"]["expert_overlap"])
+
+
+@pytest.mark.parametrize("transport", ["loopback", "shm", "tcp"])
 def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transport: str) -> None:
     words = ("generate", folder, *IDS, "--max-tokens", "2", "--transport", transport, "-v")
     code, out, _ = run(capfd, *words, "--json")
@@ -174,7 +240,7 @@ def test_flock_toml(capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: P
         ('[[duck]]\naddress = "127.0.0.1:1"\nweight = 3\n', "weights are not built yet"),
         (
             '[host]\nkey_file = "k"\n[[duck]]\naddress = "127.0.0.1:1"\n',
-            "key_file is not built yet",
+            "k: No such file",
         ),
         ("not toml", "flock.toml"),
         ('[[duck]]\nname = "kitchen"\naddress = "127.0.0.1:1"\n', "cannot reach duck 0 (kitchen"),

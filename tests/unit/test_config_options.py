@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from duck.config import CHOICES, Ducks, Options, is_loopback, split_address
+from duck.config import (
+    CHOICES,
+    Ducks,
+    Network,
+    Options,
+    group_address,
+    is_loopback,
+    split_address,
+)
 from duck.errors import ConfigError
 
 
@@ -104,7 +112,17 @@ def test_labels_name_ducks_as_the_user_does(tmp_path: Path) -> None:
         ("[[duck]]\naddress = 'a:1'\nweight = 2", "weights are not built yet"),
         ("pond = 1\n[[duck]]\naddress = 'a:1'", "has pond; known are"),
         ("[host]\nhens = 1\n[[duck]]\naddress = 'a:1'", "has hens; known are"),
-        ("[host]\nkey_file = 'k'\n[[duck]]\naddress = 'a:1'", "key_file is not built yet"),
+        ("[host]\ninterface = 5\n[[duck]]\naddress = 'a:1'", "interface must be a text, or a list"),
+        ("[host]\ninterface = ['a', 'a']\n[[duck]]\naddress = 'a:1'", "interface names one twice"),
+        ("[host]\ngroups = ['239.1.2.3']\n[[duck]]\naddress = 'a:1'", "1 groups for 0 interfaces"),
+        (
+            "[host]\ninterface = 'a'\ngroups = 'pond'\n[[duck]]\naddress = 'a:1'",
+            r"flock.toml: \[host\] group 'pond': want an IPv4 multicast address",
+        ),
+        ("[host]\nmtu = 100\n[[duck]]\naddress = 'a:1'", "mtu 100: want 576 to 9216"),
+        ("[host]\nmtu = true\n[[duck]]\naddress = 'a:1'", "mtu True: want 576"),
+        ("[host]\nkey_file = 5\n[[duck]]\naddress = 'a:1'", "key_file must be a path"),
+        ("[host]\nkey_file = ''\n[[duck]]\naddress = 'a:1'", "key_file must be a path"),
         ("[[duck]]\naddress = '\udce4:1'", "flock.toml"),  # not UTF-8
     ],
 )
@@ -113,6 +131,46 @@ def test_flock_files_that_cannot_be_used(tmp_path: Path, text: str, told: str) -
     flock.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=told):
         Ducks.parse(str(flock))
+
+
+def test_the_hosts_network(tmp_path: Path) -> None:
+    flock = tmp_path / "flock.toml"
+    flock.write_text(
+        '[host]\ninterface = ["eth0", "eth1"]\ngroups = ["239.1.2.3", "239.1.2.4:5000"]\n'
+        'mtu = 9000\n[[duck]]\naddress = "a:1"\n'
+    )
+    network = Ducks.parse(str(flock)).network
+    assert network == Network(("eth0", "eth1"), ("239.1.2.3", "239.1.2.4:5000"), 9000)
+    assert [group_address(group) for group in network.groups] == [
+        ("239.1.2.3", 0), ("239.1.2.4", 5000)
+    ]  # fmt: skip
+    flock.write_text('[host]\ninterface = "eth0"\n[[duck]]\naddress = "a:1"\n')
+    assert Ducks.parse(str(flock)).network == Network(("eth0",))
+    assert Ducks.parse("a:1").network == Network()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "pond", "10.0.0.1", "224.0.0.251", "240.0.0.1", "239.1.2", "239.1.2.3:",
+        "239.1.2.3:0", "239.1.2.3:65536", "239.1.2.3:port", "ff02::1", "239.1.2.3:5000:1",
+    ],
+)  # fmt: skip
+def test_groups_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"want an IPv4 multicast address of 224\.0\.1\.0"):
+        group_address(text)
+
+
+def test_where_the_key_is(tmp_path: Path) -> None:
+    flock = tmp_path / "flock.toml"
+    flock.write_text('[host]\nkey_file = "pond.key"\n[[duck]]\naddress = "a:1"\n')
+    assert Options(ducks=str(flock)).key_path() == tmp_path / "pond.key"
+    assert Options(ducks=str(flock), key_file="other.key").key_path() == Path("other.key")
+    flock.write_text('[host]\nkey_file = "/etc/pond.key"\n[[duck]]\naddress = "a:1"\n')
+    assert Options(ducks=str(flock)).key_path() == Path("/etc/pond.key")
+    flock.write_text('[host]\nkey_file = "~/pond.key"\n[[duck]]\naddress = "a:1"\n')
+    assert Options(ducks=str(flock)).key_path() == Path.home() / "pond.key"
+    assert Options().key_path() is None
 
 
 def test_flock_file_that_is_not_there(tmp_path: Path) -> None:
@@ -137,3 +195,9 @@ def test_what_only_this_machine_reaches() -> None:
 def test_ducks_of_the_wrong_kind(ducks: Any) -> None:
     with pytest.raises(ConfigError, match="--ducks"):
         Options(ducks=ducks)
+
+
+@pytest.mark.parametrize("length", ["5", 5.0, True])
+def test_a_length_is_a_whole_number(length: Any) -> None:
+    with pytest.raises(ConfigError, match="--max-len .*: want a whole number"):
+        Options(max_len=length)

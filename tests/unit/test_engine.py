@@ -41,7 +41,7 @@ async def both(folder: Path, **options: str) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("ducks", ["local:2", "local:3"])
-@pytest.mark.parametrize("transport", ["loopback", "tcp"])
+@pytest.mark.parametrize("transport", ["loopback", "shm", "tcp", "multicast"])
 @pytest.mark.parametrize("draft", ["mtp", "off"])
 async def test_same_tokens_however_it_is_run(
     folder: Path, ducks: str, transport: str, draft: str
@@ -71,7 +71,8 @@ async def test_accepted_drafts_change_no_token(agreeing: Path, sampling: Samplin
 
 async def test_bfloat16_agrees_over_transports(folder: Path) -> None:
     loopback = await both(folder, transport="loopback", dtype="bfloat16", draft="off")
-    assert await both(folder, transport="tcp", dtype="bfloat16", draft="off") == loopback
+    for transport in ("shm", "tcp"):
+        assert await both(folder, transport=transport, dtype="bfloat16", draft="off") == loopback
     float32_answers = await both(folder, transport="tcp", dtype="bfloat16", answers="f32")
     assert len(float32_answers[0]) == GREEDY.max_tokens
 
@@ -134,7 +135,7 @@ async def test_stop_texts_and_eos(folder: Path) -> None:
 
 async def test_a_session_goes_on_where_the_prompts_agree(agreeing: Path) -> None:
     """Turn after turn in one session gives what a fresh session gives, with drafts and rewinds."""
-    async with Engine.open(agreeing, transport="loopback") as engine:
+    async with Engine.open(agreeing, transport="loopback", draft="mtp") as engine:
         session = engine.session()
         prompt = [2, 3, 0, 2]
         for turn in range(4):

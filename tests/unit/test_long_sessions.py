@@ -33,18 +33,24 @@ async def tokens(folder: Path, prompt: list[int], **options: Any) -> list[int]:
 
 @pytest.mark.parametrize("prompt", [LONG[:10], LONG], ids=["crossing", "beyond"])
 @pytest.mark.parametrize("options", [{}, {"kv": "fp8", "indexer": "fp8"}], ids=["exact", "fp8"])
-async def test_drafts_and_ducks_change_no_token(
+async def test_drafts_schedules_and_ducks_change_no_token(
     folder: Path, prompt: list[int], options: dict[str, str]
 ) -> None:
-    plain = await tokens(folder, prompt, ducks="local:1", draft="off", **options)
-    assert await tokens(folder, prompt, ducks="local:2", **options) == plain
+    plain = await tokens(folder, prompt, draft="off", schedule="serial", **options)
+    for schedule, ducks in (("serial", 1), ("batch", 2), ("wave", 3)):
+        found = await tokens(
+            folder, prompt, ducks=f"local:{ducks}", schedule=schedule, draft="mtp", **options
+        )
+        assert found == plain
     other = {} if options else {"kv": "fp8", "indexer": "fp8"}
     assert await tokens(folder, prompt, ducks="local:1", draft="off", **other) != plain
 
 
 async def test_a_session_goes_on_and_back(folder: Path) -> None:
     """What is kept of latents and index keys is what a fresh session would compute."""
-    async with Engine.open(folder, ducks="local:1", transport="loopback") as engine:
+    async with Engine.open(
+        folder, ducks="local:1", transport="loopback", draft="mtp", schedule="wave"
+    ) as engine:
         session = engine.session()
         first = await engine.generate(LONG[:30], GREEDY, session=session)
         longer = [*LONG[:30], *first.token_ids, *LONG[30:50]]

@@ -35,7 +35,8 @@ DUCK_API int duck_pool_threads(const duck_pool* pool);
 DUCK_API void duck_pool_destroy(duck_pool* pool);
 
 // What one expert takes: bytes of its record, and floats of its scales.
-// format: 0 fp8 e4m3 with 128 x 128 scales, 1 bf16, 2 f32.
+// format: 0 fp8 e4m3 with 128 x 128 scales, 1 bf16, 2 f32, and two that lose something (dots.h):
+// 3 int8, 4 int4.
 DUCK_API std::size_t duck_record_bytes(int hidden, int columns, int format);
 DUCK_API std::size_t duck_scale_floats(int hidden, int columns, int format);
 
@@ -47,7 +48,7 @@ DUCK_API std::size_t duck_experts_bytes(const duck_experts* experts);  // arena 
 
 // One expert's slice into its resident form, in memory of the caller's: duck_record_bytes and
 // duck_scale_floats. gate and up are [columns, hidden], down [hidden, columns], rows apart by the
-// given number of weights. `start`: the slice's first column in the whole intermediate dimension;
+// given number of weights; int8 and int4 are made from floats. `start`: the slice's first column in the whole intermediate dimension;
 // it decides where scale blocks begin. Scales (fp8 only): gate and up [blocks of columns,
 // ceil(hidden/128)], down [ceil(hidden/128), blocks of columns], contiguous, where the blocks of
 // columns are those the slice touches: start/128 .. (start+columns-1)/128.
@@ -93,3 +94,25 @@ DUCK_API std::uint32_t duck_atomic_add_u32(void* address, std::uint32_t value);
 DUCK_API std::uint32_t duck_crc32c(std::uint32_t crc, const void* data, std::size_t bytes);
 DUCK_API void duck_bf16_from_f32(const float* from, std::uint16_t* to, std::size_t count);
 DUCK_API void duck_f32_from_bf16(const std::uint16_t* from, float* to, std::size_t count);
+
+// Messages in memory that processes share (messages.cpp): a header of 32 bytes, whose last four are
+// the checksum of all else, then the body. Places are aligned to 8 bytes.
+//
+// Puts one there, its body in two parts; `header` is 28 bytes.
+DUCK_API void duck_message_put(void* place, const void* header, const void* first,
+                               std::size_t first_bytes, const void* second,
+                               std::size_t second_bytes);
+
+enum duck_message : std::uint8_t {
+  DUCK_MESSAGE_NONE = 0,   // no message with this ticket yet
+  DUCK_MESSAGE_GOOD = 1,   // copied, and its checksum is right
+  DUCK_MESSAGE_BAD = 2,    // copied, and its checksum is wrong
+  DUCK_MESSAGE_OTHER = 3,  // the ticket is right and another field of the header is not; not copied
+};
+
+// Copies the bodies of the messages that lie `stride` apart into rows that lie `row_stride` apart:
+// those whose state is NONE and whose header is `want` (28 bytes; the source of the one at index i
+// is larger by i). Updates `states`; returns how many are not NONE any more.
+DUCK_API int duck_messages_get(const void* places, std::size_t stride, int count, const void* want,
+                               std::size_t bytes, void* rows, std::size_t row_stride,
+                               std::uint8_t* states);

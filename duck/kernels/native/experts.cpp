@@ -49,14 +49,14 @@ class Buffer {
 struct Active {
   int expert;
   int begin, count;
-  std::atomic<int> unfinished;  // tiles whose h is not ready
+  std::atomic<int> unfinished;  // tiles whose h is not ready, and the rounding of all of it
 };
 
 // What a forward pass needs besides the weights, kept from one to the next.
 struct Scratch {
   Buffer<int> seen, count;
   Buffer<Active> active;
-  Buffer<float> x, h, y, weight, totals;
+  Buffer<float> x, h, taken, y, weight, totals, panel;
   Buffer<const float*> x_rows, h_rows;
   Buffer<float*> y_rows, total_rows;
   Buffer<std::atomic<int>> pieces_left;
@@ -113,11 +113,13 @@ class Forward {
     down_items_ = div_up(s_.down_tiles(), range_);
 
     Scratch& scratch = e.scratch;
-    x_stride_ = stride(s_.hidden);
+    x_stride_ = stride(s_.row_floats(s_.hidden));
     h_stride_ = stride(s_.tiles() * kTile);
+    taken_stride_ = is_exact(s_.format) ? 0 : stride(s_.row_floats(s_.columns));
     y_stride_ = stride(s_.down_tiles() * kTile);
     x_ = scratch.x.get(rows * x_stride_);
     h_ = scratch.h.get(assigned * h_stride_);
+    taken_ = scratch.taken.get(assigned * taken_stride_);
     y_ = scratch.y.get(rows * y_stride_);
     active_ = scratch.active.get(active);
     weight_ = scratch.weight.get(assigned);
@@ -127,6 +129,7 @@ class Forward {
     // Totals of gate and up, 64 and 64: per piece, or two sets per thread.
     const std::size_t sets = pieces_ > 1 ? std::size_t(assigned) * s_.tiles() * pieces_
                                          : std::size_t(threads) * 2 * most;
+    panel_ = scratch.panel.get(std::size_t(threads) * most * kPanel);
     totals_ = scratch.totals.get(sets * 2 * kTile);
     total_rows_ = scratch.total_rows.get(std::size_t(threads) * most);
     if (pieces_ > 1) {
@@ -146,7 +149,7 @@ class Forward {
       a->expert = expert;
       a->begin = begin;
       a->count = count[expert];
-      a->unfinished.store(s_.tiles(), std::memory_order_relaxed);
+      a->unfinished.store(s_.tiles() + !is_exact(s_.format), std::memory_order_relaxed);
       count[expert] = begin;
       begin += a->count;
     }
@@ -157,35 +160,36 @@ class Forward {
         const int i = count[id]++;
         weight_[i] = weights[std::size_t(row) * top_k + j];
         x_rows_[i] = x_ + row * x_stride_;
-        h_rows_[i] = h_ + i * h_stride_;
+        h_rows_[i] = is_exact(s_.format) ? h_ + i * h_stride_ : taken_ + i * taken_stride_;
         y_rows_[i] = y_ + row * y_stride_;
       }
   }
 
   void run(const float* x) {
     input_scale_ = s_.scaled() ? kInputScale : 1.0f;
-    auto scale_row = [&](int row, int) {
-      isa_.scale_row(x + std::size_t(row) * s_.hidden, input_scale_, x_ + row * x_stride_,
-                     s_.hidden);
+    auto take_row = [&](int row, int) {
+      ops_.take_row(x + std::size_t(row) * s_.hidden, input_scale_, x_ + row * x_stride_,
+                    s_.hidden);
     };
     if (rows_ < 16)  // not worth the handing out
-      for (int row = 0; row < rows_; ++row) scale_row(row, 0);
+      for (int row = 0; row < rows_; ++row) take_row(row, 0);
     else
-      pool_.run(rows_, scale_row);
+      pool_.run(rows_, take_row);
     auto item = [&](int i, int thread) {
-      i < gate_items_ ? gate_item(i, thread) : down_item(i - gate_items_);
+      i < gate_items_ ? gate_item(i, thread) : down_item(i - gate_items_, thread);
     };
     pool_.run(gate_items_ + down_items_, item);
   }
 
  private:
   const std::uint8_t* gate_weights(const Active& a, int tile, int chunk) const {
-    return resident_.record(layer_, a.expert) + tile * s_.tile_bytes() +
-           std::size_t(chunk) * kChunk * kTile * weight_bytes(s_.format);
+    return resident_.record(layer_, a.expert) + tile * s_.gate_tile_bytes() +
+           s_.bytes_of(chunk * kChunk);
   }
   const std::uint8_t* down_weights(const Active& a, int tile) const {
     return resident_.record(layer_, a.expert) + 2 * s_.gate_bytes() + tile * s_.down_tile_bytes();
   }
+  float* panel(int thread) const { return panel_ + std::size_t(thread) * most_ * kPanel; }
   int gate_piece(int tile, int chunk) const { return tile * s_.chunks() + chunk; }
   int up_piece(int tile, int chunk) const { return gate_piece(s_.tiles() + tile, chunk); }
   int down_piece(int tile) const { return 2 * s_.tiles() * s_.chunks() + tile; }
@@ -246,6 +250,7 @@ class Forward {
     t.k = s_.hidden - from < kChunk ? s_.hidden - from : kChunk;
     t.first = kBlock;
     t.n = a.count;
+    t.panel = panel(thread);
     t.x = x_rows_ + a.begin;
     t.x_at = from;
     t.y = rows;
@@ -259,10 +264,18 @@ class Forward {
     for (int i = 0; i < a.count; ++i)
       ops_.gated(totals + i * 2 * kTile, totals + i * 2 * kTile + kTile, weight_[a.begin + i],
                  input_scale_, h_ + (a.begin + i) * h_stride_ + tile * kTile);
-    a.unfinished.fetch_sub(1, std::memory_order_release);
+    if (is_exact(s_.format)) {
+      a.unfinished.fetch_sub(1, std::memory_order_release);
+      return;
+    }
+    // A group of h may cover two tiles: whoever finishes the last one rounds them all.
+    if (a.unfinished.fetch_sub(1, std::memory_order_acq_rel) > 2) return;
+    for (int i = a.begin; i < a.begin + a.count; ++i)
+      ops_.take_row(h_ + i * h_stride_, 1.0f, taken_ + i * taken_stride_, s_.columns);
+    a.unfinished.store(0, std::memory_order_release);
   }
 
-  void down_item(int item) {
+  void down_item(int item, int thread) {
     const int from = item * range_;
     const int count = s_.down_tiles() - from < range_ ? s_.down_tiles() - from : range_;
     for (int row = 0; row < rows_; ++row)
@@ -284,6 +297,7 @@ class Forward {
       t.k = s_.columns;
       t.first = kBlock - resident_.start(layer_, a.expert);
       t.n = a.count;
+      t.panel = panel(thread);
       t.x = h_rows_ + a.begin;
       t.x_at = 0;
       t.y = y_rows_ + a.begin;
@@ -338,14 +352,14 @@ class Forward {
   const float** x_rows_;
   const float** h_rows_;
   float** y_rows_;
-  std::size_t x_stride_, h_stride_, y_stride_;
-  float *x_, *h_, *y_, *out_, *totals_;
+  std::size_t x_stride_, h_stride_, taken_stride_, y_stride_;
+  float *x_, *h_, *taken_, *y_, *out_, *totals_, *panel_;
   float** total_rows_;
   std::atomic<int>* pieces_left_ = nullptr;
 };
 
 const Isa* find_isa(const char* wanted) {
-  for (auto find : {isa_avx512, isa_avx2, isa_portable}) {
+  for (auto find : {isa_avx512, isa_avx2, isa_avx2_without_vnni, isa_portable}) {
     const Isa* isa = find();
     if (isa && (!wanted || !std::strcmp(wanted, isa->name))) return isa;
   }

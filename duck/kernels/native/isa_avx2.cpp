@@ -3,6 +3,7 @@
 #include <cstring>
 #include <utility>
 
+#include "dots.h"
 #include "tile.h"
 
 #if defined(__x86_64__)
@@ -19,28 +20,16 @@
 namespace duck {
 namespace {
 
-using V = __m256;
-constexpr int kLanes = 8;
+#include "vectors_avx2.inc"
+
 constexpr int kPair = 1;     // eight chains of fma already; sixteen registers hold no more
 constexpr int kMaxRows = 6;  // 12 accumulators, two weights, one input, one mask
 constexpr int strips_for(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-inline V zero() { return _mm256_setzero_ps(); }
-inline V set1(const float* p) { return _mm256_broadcast_ss(p); }
-inline V add(V a, V b) { return _mm256_add_ps(a, b); }
-inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
-inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
-inline V div(V a, V b) { return _mm256_div_ps(a, b); }
-inline V min(V a, V b) { return _mm256_min_ps(a, b); }
-inline V max(V a, V b) { return _mm256_max_ps(a, b); }
-inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-inline V load_vector(const float* p) { return _mm256_loadu_ps(p); }
-inline void store_vector(float* p, V v) { _mm256_storeu_ps(p, v); }
 inline V add_exponent(V v, V n) {
   const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), shifted));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 template <int UPPER>
 void store_rows(float* p, V v) { store_vector(p, v); }
@@ -51,9 +40,6 @@ V row_scale(const float* pair, int row, int split) {
   return _mm256_blendv_ps(set1(pair + 1), set1(pair), _mm256_castsi256_ps(below));
 }
 
-inline __m256i load_bytes(const std::uint8_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
 inline V masked(__m256i v, int mask) {
   return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(mask)));
 }
@@ -63,7 +49,6 @@ struct Fp8 {
   static constexpr int kUpper = 0;
   static constexpr bool kScaled = true;
   static constexpr bool kParity = true;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 32 * (strip / 2); }
   static constexpr int row(int strip, int i) { return 32 * (strip / 2) + 8 * (strip % 2) + 16 * i; }
 
@@ -88,7 +73,6 @@ struct Bf16 {
   static constexpr int kUpper = 0;
   static constexpr bool kScaled = false;
   static constexpr bool kParity = false;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 32 * strip; }
   static constexpr int row(int strip, int i) { return 16 * strip + 8 * i; }
   static void even(const std::uint8_t* p, V* f) {
@@ -104,7 +88,6 @@ struct F32 {
   static constexpr int kUpper = 0;
   static constexpr bool kScaled = false;
   static constexpr bool kParity = false;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 64 * strip; }
   static constexpr int row(int strip, int i) { return 16 * strip + 8 * i; }
   static void even(const std::uint8_t* p, V* f) {
@@ -115,6 +98,25 @@ struct F32 {
 };
 
 #include "tile_simd.inc"
+
+// Without VNNI: products of bytes are added in pairs, which must fit 16 bits. Those of int4 do;
+// int8 weights therefore give their sign to the inputs first.
+constexpr int kDotRows = 6;
+constexpr int vectors_for(int rows) { return rows <= 2 ? 4 : 2; }
+template <Format F>
+constexpr bool kStarts = F == Format::int4;
+template <Format F>
+I dot(I sum, I w, I x) {
+  if (F == Format::int8) {
+    w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // minus 128
+    x = _mm256_sign_epi8(x, w);
+    w = _mm256_abs_epi8(w);
+  }
+  const I pairs = _mm256_maddubs_epi16(w, x);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+#include "dot_simd.inc"
 
 std::uint64_t read(const std::uint8_t* p, std::size_t bytes) {
   __m256i sum[8] = {};
@@ -131,12 +133,31 @@ std::uint64_t read(const std::uint8_t* p, std::size_t bytes) {
          std::uint64_t(_mm256_extract_epi64(sum[0], 3));
 }
 
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+Isa isa(const char* name, TilesFunction int8, TilesFunction int4) {
+  return {name,
+          {format_ops<Fp8>(), format_ops<Bf16>(), format_ops<F32>(), dot_ops<Format::int8>(int8),
+           dot_ops<Format::int4>(int4)},
+          read};
+}
+
 }  // namespace
 
 const Isa* isa_avx2() {
-  static constexpr Isa kIsa{
-      "avx2", {format_ops<Fp8>(), format_ops<Bf16>(), format_ops<F32>()}, scale_row, read};
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kIsa : nullptr;
+  static const auto tiles = [](Format format, TilesFunction without) {
+    const TilesFunction vnni = dots_avxvnni(format);
+    return vnni ? vnni : without;
+  };
+  static const Isa kIsa = isa("avx2", tiles(Format::int8, dot_tiles<Format::int8>),
+                              tiles(Format::int4, dot_tiles<Format::int4>));
+  return supported() ? &kIsa : nullptr;
+}
+
+const Isa* isa_avx2_without_vnni() {
+  static const Isa kIsa =
+      isa("avx2-no-vnni", dot_tiles<Format::int8>, dot_tiles<Format::int4>);
+  return supported() ? &kIsa : nullptr;
 }
 
 }  // namespace duck
@@ -147,5 +168,6 @@ const Isa* isa_avx2() {
 #else
 namespace duck {
 const Isa* isa_avx2() { return nullptr; }
+const Isa* isa_avx2_without_vnni() { return nullptr; }
 }  // namespace duck
 #endif

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <utility>
 
+#include "dots.h"
 #include "tile.h"
 
 #if defined(__x86_64__)
@@ -24,28 +25,16 @@
 namespace duck {
 namespace {
 
-using V = __m512;
-constexpr int kLanes = 16;
+#include "vectors_avx512.inc"
+
 constexpr int kPair = 2;      // one row: two tiles at a time, for eight chains of fma
-constexpr int kMaxRows = 12;  // 24 accumulators
+constexpr int kMaxRows = 14;  // 28 accumulators, two weights, one input, one mask
 constexpr int strips_for(int rows) { return rows <= 6 ? 2 : 1; }
 
-inline V zero() { return _mm512_setzero_ps(); }
-inline V set1(const float* p) { return _mm512_set1_ps(*p); }
-inline V add(V a, V b) { return _mm512_add_ps(a, b); }
-inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
-inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
-inline V div(V a, V b) { return _mm512_div_ps(a, b); }
-inline V min(V a, V b) { return _mm512_min_ps(a, b); }
-inline V max(V a, V b) { return _mm512_max_ps(a, b); }
-inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-inline V load_vector(const float* p) { return _mm512_loadu_ps(p); }
-inline void store_vector(float* p, V v) { _mm512_storeu_ps(p, v); }
 inline V add_exponent(V v, V n) {
   const __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(n), 23);
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), shifted));
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // Lanes 8..15 of a decoded vector are UPPER rows after lanes 0..7.
 template <int UPPER>
@@ -61,7 +50,6 @@ V row_scale(const float* pair, int row, int split) {
   return _mm512_mask_blend_ps(below, set1(pair + 1), set1(pair));
 }
 
-inline __m512i load_bytes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
 inline V masked(__m512i v, int mask) {
   return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(mask)));
 }
@@ -71,7 +59,6 @@ struct Fp8 {
   static constexpr int kUpper = 32;
   static constexpr bool kScaled = true;
   static constexpr bool kParity = true;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int) { return 0; }
   static constexpr int row(int strip, int i) { return 8 * strip + 16 * i; }
 
@@ -94,7 +81,6 @@ struct Bf16 {
   static constexpr int kUpper = 16;
   static constexpr bool kScaled = false;
   static constexpr bool kParity = false;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 64 * strip; }
   static constexpr int row(int strip, int i) { return 32 * strip + 8 * i; }
   static void even(const std::uint8_t* p, V* f) {
@@ -110,7 +96,6 @@ struct F32 {
   static constexpr int kUpper = 8;
   static constexpr bool kScaled = false;
   static constexpr bool kParity = false;
-  static constexpr bool kPrefetch = true;
   static constexpr int at(int strip) { return 128 * strip; }
   static constexpr int row(int strip, int i) { return 32 * strip + 16 * i; }
   static void even(const std::uint8_t* p, V* f) {
@@ -141,12 +126,20 @@ std::uint64_t read(const std::uint8_t* p, std::size_t bytes) {
 }  // namespace
 
 const Isa* isa_avx512() {
-  static constexpr Isa kIsa{
-      "avx512", {format_ops<Fp8>(), format_ops<Bf16>(), format_ops<F32>()}, scale_row, read};
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-             ? &kIsa
-             : nullptr;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return nullptr;
+  // The first processors with AVX-512 lack its VNNI: they take the smaller vectors there.
+  static const auto dots = [](Format format) {
+    if (const TilesFunction vnni = dots_avx512(format))
+      return format == Format::int8 ? dot_ops<Format::int8>(vnni) : dot_ops<Format::int4>(vnni);
+    return isa_avx2()->formats[int(format)];
+  };
+  static const Isa kIsa{"avx512",
+                        {format_ops<Fp8>(), format_ops<Bf16>(), format_ops<F32>(),
+                         dots(Format::int8), dots(Format::int4)},
+                        read};
+  return &kIsa;
 }
 
 }  // namespace duck

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "dots.h"
 #include "tile.h"
 
 namespace duck {
@@ -35,6 +36,53 @@ inline float weight<Format::f32>(const std::uint8_t* w, int slot) {
   float value;
   std::memcpy(&value, w + 4 * slot, sizeof value);
   return value;
+}
+
+#include "round_inputs.inc"
+
+// A weight of a group of int8 or int4: input k of row.
+template <Format F>
+int step_count(const std::uint8_t* w, int k, int row) {
+  if (F == Format::int8) return int(w[k / 4 * 4 * kTile + 4 * row + k % 4]) - 128;
+  const int pair = w[k / 8 * 4 * kTile + 4 * row + k % 4];
+  return (k % 8 < 4 ? pair & 15 : pair >> 4) - 8;
+}
+template <Format F>
+float step(const std::uint8_t* steps, int row) {
+  float value = 0;
+  if (F == Format::int8) {
+    std::memcpy(&value, steps + 4 * row, sizeof value);
+    return value;
+  }
+  std::uint16_t half;
+  std::memcpy(&half, steps + 2 * row, sizeof half);
+  return from_bits(std::uint32_t(half) << 16);
+}
+
+template <Format F>
+void dot_tiles(const Tiles& t) {
+  constexpr int kGroup = group_inputs(F);
+  for (int c = 0; c < t.count; ++c)
+    for (int i = 0; i < t.n; ++i) {
+      const std::uint8_t* w = t.w + c * t.w_stride;
+      const auto* x = reinterpret_cast<const std::uint8_t*>(t.x[i]) +
+                      t.x_at / kGroup * input_group_bytes(F);
+      float* y = t.y[i] + t.y_at + c * kTile;
+      for (int k = 0; k < t.k; k += kGroup, x += input_group_bytes(F)) {
+        InputGroup head;
+        std::memcpy(&head, x, sizeof head);
+        std::int8_t inputs[kGroup];
+        std::memcpy(inputs, x + sizeof head, sizeof inputs);
+        const int some = t.k - k < kGroup ? t.k - k : kGroup;
+        for (int row = 0; row < kTile; ++row) {
+          std::int32_t sum = 0;
+          for (int j = 0; j < some; ++j)
+            sum += step_count<F>(w + kTile * step_bytes(F), j, row) * inputs[j];
+          y[row] = std::fmaf(step<F>(w, row) * head.step, float(sum), y[row]);
+        }
+        w += tile_bytes(F, some);
+      }
+    }
 }
 
 // In slot order while accumulating: the loops then run over consecutive bytes.
@@ -92,15 +140,22 @@ void place(const float* totals, float* out, int rows) {
   std::memcpy(out, totals, rows * sizeof(float));
 }
 
-template <Format F>
-constexpr FormatOps format_ops() {
-  FormatOps ops{tiles<F>, gated, place, {}};
-  for (int i = 0; i < kTile; ++i) ops.position[i] = std::uint8_t(i);
-  return ops;
-}
-
 void scale_row(const float* x, float scale, float* out, int n) {
   for (int i = 0; i < n; ++i) out[i] = x[i] * scale;
+}
+
+template <Format F>
+constexpr FormatOps format_ops() {
+  FormatOps ops{nullptr, nullptr, gated, place, {}};
+  if constexpr (is_exact(F)) {
+    ops.tiles = tiles<F>;
+    ops.take_row = scale_row;
+  } else {
+    ops.tiles = dot_tiles<F>;
+    ops.take_row = round_inputs<F>;
+  }
+  for (int i = 0; i < kTile; ++i) ops.position[i] = std::uint8_t(i);
+  return ops;
 }
 
 std::uint64_t read(const std::uint8_t* p, std::size_t bytes) {
@@ -119,8 +174,8 @@ std::uint64_t read(const std::uint8_t* p, std::size_t bytes) {
 const Isa* isa_portable() {
   static constexpr Isa kIsa{
       "scalar",
-      {format_ops<Format::fp8>(), format_ops<Format::bf16>(), format_ops<Format::f32>()},
-      scale_row,
+      {format_ops<Format::fp8>(), format_ops<Format::bf16>(), format_ops<Format::f32>(),
+       format_ops<Format::int8>(), format_ops<Format::int4>()},
       read};
   return &kIsa;
 }

@@ -81,6 +81,93 @@ int pack_record(const Shape& s, const Slice& slice, std::uint8_t* record) {
   return DUCK_OK;
 }
 
+std::uint16_t bf16_from(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return std::uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+float from_bf16(std::uint16_t half) {
+  const std::uint32_t bits = std::uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The nearest whole number, ties to even, of |value| < 2^22.
+float nearest(float value) { return (value + 0x1.8p23f) - 0x1.8p23f; }
+
+// The step of a group of weights, as it will be read, written to `to`. int8: the largest is 127
+// steps. int4: the largest is -8 of them, whatever its sign, for there is no +8.
+float put_step(Format format, const float* weights, int count, std::uint8_t* to) {
+  float largest = 0.0f;
+  for (int i = 0; i < count; ++i)
+    if (std::fabs(weights[i]) > std::fabs(largest)) largest = weights[i];
+  if (std::fabs(largest) < 0x1p-100f) largest = 0.0f;  // so that the step is a normal number
+  if (format == Format::int8) {
+    const float step = std::fabs(largest) / 127.0f;
+    std::memcpy(to, &step, sizeof step);
+    return step;
+  }
+  const std::uint16_t half = bf16_from(largest / -8.0f);
+  std::memcpy(to, &half, sizeof half);
+  return from_bf16(half);
+}
+
+// Into tiles of dots.h; rows beyond the last are zero.
+std::uint8_t* pack_rounded(Format format, const Matrix& m, std::uint8_t* to) {
+  const int group = group_inputs(format), zero = zero_point(format);
+  const int per_word = format == Format::int8 ? 4 : 8;
+  for (int tile = 0; tile < div_up(m.rows, kTile); ++tile)
+    for (int k = 0; k < m.inputs; k += group) {
+      const int count = m.inputs - k < group ? m.inputs - k : group;
+      std::uint8_t* const words = to + kTile * step_bytes(format);
+      const std::ptrdiff_t bytes = tile_bytes(format, count);
+      std::memset(to, 0, bytes);
+      for (int r = 0; r < kTile; ++r) {
+        const int row = tile * kTile + r;
+        const float* const in = row < m.rows ? m.row<float>(row) + k : nullptr;
+        const float step = in ? put_step(format, in, count, to + r * step_bytes(format)) : 0.0f;
+        for (int i = 0; i < round_up_inputs(count); ++i) {
+          const float steps = in && i < count && step != 0.0f ? nearest(in[i] / step) : 0.0f;
+          const float least = format == Format::int8 ? -127.0f : -8.0f;
+          const float most = format == Format::int8 ? 127.0f : 7.0f;
+          const int q = int(steps < least ? least : steps > most ? most : steps) + zero;
+          std::uint8_t& byte = words[i / per_word * 4 * kTile + 4 * r + i % 4];
+          byte = std::uint8_t(byte | (i % per_word < 4 ? q : q << 4));
+        }
+      }
+      to += bytes;
+    }
+  return to;
+}
+
+int pack_rounded_record(const Shape& s, const Slice& slice, std::uint8_t* record) {
+  const Matrix gate{slice.gate, slice.gate_stride, s.columns, s.hidden};
+  const Matrix up{slice.up, slice.up_stride, s.columns, s.hidden};
+  const Matrix down{slice.down, slice.down_stride, s.hidden, s.columns};
+  for (const Matrix* m : {&gate, &up, &down})
+    if (!m->all_finite<std::uint32_t>()) return DUCK_NOT_A_NUMBER;
+  for (const Matrix* m : {&gate, &up, &down}) record = pack_rounded(s.format, *m, record);
+  return DUCK_OK;
+}
+
+// Whether every step of a packed record is a number.
+bool finite_steps(const Shape& s, const std::uint8_t* record) {
+  const int group = group_inputs(s.format);
+  for (int tile = 0; tile < 2 * s.tiles() + s.down_tiles(); ++tile) {
+    const int inputs = tile < 2 * s.tiles() ? s.hidden : s.columns;
+    for (int k = 0; k < inputs; k += group) {
+      std::uint32_t words[kTile];
+      std::uint16_t halves[kTile];
+      std::memcpy(words, record, sizeof words);
+      std::memcpy(halves, record, sizeof halves);
+      if (!(s.format == Format::int8 ? finite(words, kTile) : finite(halves, kTile))) return false;
+      record += tile_bytes(s.format, inputs - k < group ? inputs - k : group);
+    }
+  }
+  return true;
+}
+
 void pack_scales(const Shape& s, const Slice& slice, float* out) {
   const int first_block = slice.start / kBlock, last = slice.start + s.columns - 1;
   const int column_blocks = last / kBlock - first_block + 1;
@@ -133,7 +220,8 @@ int pack(const Shape& s, const Slice& slice, std::uint8_t* record, float* scales
     for (const float* from : {slice.gate_scale, slice.up_scale, slice.down_scale})
       if (!finite(from, column_blocks * s.blocks(), kScaleScale)) return DUCK_NOT_A_NUMBER;
   }
-  const int status = s.format == Format::fp8    ? pack_record<std::uint8_t>(s, slice, record)
+  const int status = !is_exact(s.format)        ? pack_rounded_record(s, slice, record)
+                     : s.format == Format::fp8  ? pack_record<std::uint8_t>(s, slice, record)
                      : s.format == Format::bf16 ? pack_record<std::uint16_t>(s, slice, record)
                                                 : pack_record<std::uint32_t>(s, slice, record);
   if (status == DUCK_OK && s.scaled()) pack_scales(s, slice, scales);
@@ -220,15 +308,21 @@ int Resident::load(int layer, int expert, const Slice& slice) {
 int Resident::adopt(int layer, int expert, int start) {
   start_[index(layer, expert)].store(-1);
   std::uint8_t* p = record(layer, expert);
-  const std::size_t weights = shape.record_bytes() / weight_bytes(shape.format);
-  const bool good = shape.format == Format::fp8 ? strays_[index(layer, expert)].take(shape, p)
-                    : shape.format == Format::bf16
-                        ? finite(reinterpret_cast<const std::uint16_t*>(p), weights)
-                        : finite(reinterpret_cast<const std::uint32_t*>(p), weights);
-  if (!good || !finite(scales(layer, expert), shape.scale_floats(), 1.0f))
+  if (!finite(scales(layer, expert), shape.scale_floats(), 1.0f) ||
+      !settle(strays_[index(layer, expert)], p))
     return DUCK_NOT_A_NUMBER;
   start_[index(layer, expert)].store(start % kBlock, std::memory_order_release);
   return DUCK_OK;
+}
+
+bool Resident::settle(Strays& strays, std::uint8_t* record) const {
+  const std::size_t bytes = shape.record_bytes();
+  switch (shape.format) {
+    case Format::fp8: return strays.take(shape, record);
+    case Format::bf16: return finite(reinterpret_cast<const std::uint16_t*>(record), bytes / 2);
+    case Format::f32: return finite(reinterpret_cast<const std::uint32_t*>(record), bytes / 4);
+    default: return finite_steps(shape, record);
+  }
 }
 
 }  // namespace duck

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "dots.h"
 #include "tile.h"
 
 namespace duck {
@@ -35,19 +36,28 @@ struct Shape {
 
   bool valid() const {
     return hidden > 0 && hidden <= kMost && columns > 0 && columns <= kMost &&
-           format >= Format::fp8 && format <= Format::f32;
+           int(format) >= 0 && int(format) < kFormats;
   }
   bool scaled() const { return format == Format::fp8; }
 
   int tiles() const { return div_up(columns, kTile); }  // of gate; as many of up
   int down_tiles() const { return div_up(hidden, kTile); }
   int chunks() const { return div_up(hidden, kChunk); }
-  std::size_t tile_bytes() const { return std::size_t(hidden) * kTile * weight_bytes(format); }
-  std::size_t down_tile_bytes() const {
-    return std::size_t(columns) * kTile * weight_bytes(format);
+  // Bytes of the first `inputs` inputs of a tile: all of them, or a multiple of kBlock.
+  std::size_t bytes_of(int inputs) const {
+    return is_exact(format) ? std::size_t(inputs) * kTile * weight_bytes(format)
+                            : tile_bytes(format, inputs);
   }
-  std::size_t gate_bytes() const { return tiles() * tile_bytes(); }
+  std::size_t gate_tile_bytes() const { return bytes_of(hidden); }
+  std::size_t down_tile_bytes() const { return bytes_of(columns); }
+  std::size_t gate_bytes() const { return tiles() * gate_tile_bytes(); }
   std::size_t record_bytes() const { return 2 * gate_bytes() + down_tiles() * down_tile_bytes(); }
+
+  // Floats that a row of inputs takes once it is in the form that tiles read.
+  int row_floats(int inputs) const {
+    return is_exact(format) ? inputs
+                            : div_up(inputs, group_inputs(format)) * input_group_bytes(format) / 4;
+  }
 
   int blocks() const { return div_up(hidden, kBlock); }
   // One more than aligned slices need: a slice may begin and end in the middle of a block.
@@ -57,7 +67,7 @@ struct Shape {
   std::size_t scale_floats() const { return scaled() ? 2 * gate_scales() + down_scales() : 0; }
 };
 
-// One expert's slice as a checkpoint has it: see duck_experts_pack.
+// One expert's slice as a checkpoint has it, or in floats: see duck_pack.
 struct Slice {
   int start;
   const void *gate, *up, *down;
@@ -145,6 +155,7 @@ class Resident {
  private:
   std::size_t records() const { return std::size_t(layers) * experts; }
   std::size_t index(int layer, int expert) const { return std::size_t(layer) * experts + expert; }
+  bool settle(Strays& strays, std::uint8_t* record) const;  // false: not all of it are numbers
 
   Mapping arena_;
   std::unique_ptr<std::atomic<int>[]> start_;

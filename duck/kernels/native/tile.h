@@ -22,10 +22,15 @@ namespace duck {
 constexpr int kTile = 64;     // output rows in a tile
 constexpr int kBlock = 128;   // edge of a checkpoint's scale blocks
 constexpr int kSegment = 64;  // longest chain of fma; half a block halves its rounding error
+constexpr int kPanel = kBlock + 16;  // floats from row to row of a panel: see Tiles
 
-enum class Format : int { fp8 = 0, bf16 = 1, f32 = 2 };
+enum class Format : int { fp8 = 0, bf16 = 1, f32 = 2, int8 = 3, int4 = 4 };
+constexpr int kFormats = 5;
 
-inline int weight_bytes(Format format) {
+// Whether weights are kept as they are; the others are in dots.h.
+constexpr bool is_exact(Format format) { return format <= Format::f32; }
+
+constexpr int weight_bytes(Format format) {  // exact formats
   return format == Format::fp8 ? 1 : format == Format::bf16 ? 2 : 4;
 }
 
@@ -51,8 +56,8 @@ inline int slot_of(Format format, int row) {
 constexpr float kInputScale = 0x1p80f;
 constexpr float kScaleScale = 0x1p40f;
 
-// `count` tiles, w_stride bytes apart, each times the same n rows of inputs. Row i reads k floats
-// at x[i] + x_at and adds to 64 totals at y[i] + y_at + 64 * tile, which lie in the order that
+// `count` tiles, w_stride bytes apart, each times the same n rows of inputs. Row i reads k inputs
+// of x[i], from number x_at, and adds to 64 totals at y[i] + y_at + 64 * tile, which lie in the order that
 // suits the instruction set.
 struct Tiles {
   const std::uint8_t* w;
@@ -68,12 +73,16 @@ struct Tiles {
   std::ptrdiff_t x_at;
   float* const* y;
   std::ptrdiff_t y_at;
+  float* panel;  // room to lay out the inputs of a block: n rows of kPanel
   const std::uint8_t* next;  // what will probably be read after these tiles: a prefetch hint
 };
 
 // What depends on both the instruction set and the weights' format.
 struct FormatOps {
   void (*tiles)(const Tiles&);
+  // A row of n inputs in the form that tiles reads, of Shape::row_floats floats: times `scale`
+  // where weights are exact, rounded where they are not.
+  void (*take_row)(const float* x, float scale, float* out, int n);
   // From a tile's totals of gate and up, 64 values in row order of h = silu(gate) * up * weight
   // * scale. What is not finite becomes NaN.
   void (*gated)(const float* gate, const float* up, float weight, float scale, float* h);
@@ -84,8 +93,7 @@ struct FormatOps {
 
 struct Isa {
   const char* name;
-  FormatOps formats[3];  // by Format
-  void (*scale_row)(const float* x, float scale, float* out, int n);
+  FormatOps formats[kFormats];  // by Format
   // Reads bytes (a multiple of 256) as fast as this instruction set can; the sum keeps the
   // compiler honest.
   std::uint64_t (*read)(const std::uint8_t* p, std::size_t bytes);
@@ -94,6 +102,7 @@ struct Isa {
 // Null where the compiler's target or this processor lacks the instructions.
 const Isa* isa_avx512();
 const Isa* isa_avx2();
+const Isa* isa_avx2_without_vnni();  // "avx2-no-vnni": for comparison
 const Isa* isa_portable();
 
 // exp(z) = 2^n * exp(r): n by the magic-number rounding, r by Cody and Waite's two-part ln 2,

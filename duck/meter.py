@@ -1,0 +1,127 @@
+"""What was done, and what its stages took: of one answer, and of a whole pipeline."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from duck.plan.closed import Times
+from duck.schedule import Average
+
+
+@dataclass
+class Meter:
+    """What one answer did."""
+
+    steps: int = 0
+    accepted: int = 0  # of the drafts
+    drafts: list[tuple[int, int]] = field(default_factory=list)  # (completion index, guess)
+    schedules: Counter[str] = field(default_factory=Counter)  # steps under each
+    # Experts common to the two rows of a step, and how many there could be.
+    shared_experts: int = 0
+    possible_experts: int = 0
+
+    def experts(self, sure: np.ndarray, guess: np.ndarray | None = None) -> None:
+        """Count what the rows of a step have in common. sure, guess: (layers, top_k) ids."""
+        if guess is not None:
+            self.shared_experts += int((sure[:, :, None] == guess[:, None, :]).sum())
+            self.possible_experts += sure.size
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Seconds of work since the pipeline was made."""
+
+    device: float = 0.0
+    ducks: float = 0.0  # the slowest duck's computing of each ask
+    wire: float = 0.0  # the rest of each ask, without waiting in ducks' queues
+    each_duck: tuple[float, ...] = ()  # computing
+
+    def since(self, before: Totals) -> Totals:
+        """The difference to an earlier moment."""
+        earlier = before.each_duck or (0.0,) * len(self.each_duck)
+        return Totals(
+            self.device - before.device,
+            self.ducks - before.ducks,
+            self.wire - before.wire,
+            tuple(now - then for now, then in zip(self.each_duck, earlier, strict=True)),
+        )
+
+
+class Stages:
+    """What the stages of all answers took, in sums and as running means by number of rows."""
+
+    def __init__(self, ducks: int) -> None:
+        self._device_s = self._ducks_s = self._wire_s = 0.0
+        self._each_duck_s = [0.0] * ducks
+        self._device: dict[tuple[str, int], Average] = {}
+        self._asks: dict[int, tuple[Average, Average]] = {}  # (duck, wire) of asks of n rows
+
+    def worked(self, stage: str, rows: int, seconds: float) -> None:
+        """The device did a piece of work."""
+        self._device_s += seconds
+        self._device.setdefault((stage, rows), Average()).add(seconds)
+
+    def asked(self, rows: int, seconds: float, ducks_us: Sequence[tuple[int, int]]) -> None:
+        """An ask was answered. ducks_us: (queue, compute) as the ducks say."""
+        for duck, (_queue_us, compute_us) in enumerate(ducks_us):
+            self._each_duck_s[duck] += compute_us / 1e6
+        queue_us, compute_us = max(ducks_us, key=sum)
+        # A duck may say what it likes; it cannot have taken longer than the ask.
+        compute = min(seconds, compute_us / 1e6)
+        wire = max(0.0, seconds - compute - queue_us / 1e6)
+        self._ducks_s += compute
+        self._wire_s += wire
+        duck_mean, wire_mean = self._asks.setdefault(rows, (Average(), Average()))
+        duck_mean.add(compute)
+        wire_mean.add(wire)
+
+    def totals(self) -> Totals:
+        """The sums so far."""
+        each = tuple(self._each_duck_s)
+        return Totals(self._device_s, self._ducks_s, self._wire_s, each)
+
+    def times(self, moe_layers: int, dense_layers: int) -> Times:
+        """The running means as the closed forms take them; 0 for what never ran.
+
+        moe_layers, dense_layers: of the model.
+        """
+
+        def device(stage: str, rows: int) -> float:
+            mean = self._device.get((stage, rows))
+            return mean.value * 1e3 if mean else 0.0
+
+        def asks(rows: int) -> tuple[float, float]:
+            duck, wire = self._asks.get(rows, (Average(), Average()))
+            return duck.value * 1e3, wire.value * 1e3
+
+        (duck, wire), (duck2, wire2) = asks(1), asks(2)
+        attend, attend2 = device("attend", 1), device("attend", 2)
+        row = max(0.0, wire2 - wire)
+        return Times(
+            attend=attend,
+            second_row=attend2 / attend - 1 if attend and attend2 else 0.0,
+            shared=device("shared", 1) or device("shared", 2),
+            expert=duck,
+            common=2 - duck2 / duck if duck and duck2 else 0.0,
+            # There is no telling the way there from the way back, nor does it matter.
+            out_fixed=max(0.0, wire - row) / 2,
+            out_row=row / 2,
+            back_fixed=max(0.0, wire - row) / 2,
+            back_row=row / 2,
+            moe_layers=moe_layers,
+            dense_layers=dense_layers,
+            dense=max(0.0, device("dense", 1) - attend),
+            head=(device("head", 2) + device("guess", 1)) / 2,
+            combine=device("combine", 1),
+            host=0.0,  # measured with the head
+        )
+
+
+def overlap_efficiency(stages: Sequence[float], wall: float) -> float:
+    """(sum of stages - step) / (sum of stages - largest): 0 when nothing overlaps, 1 at best."""
+    room = sum(stages) - max(stages, default=0.0)
+    return 0.0 if room <= 0 else min(1.0, max(0.0, (sum(stages) - wall) / room))

@@ -1,0 +1,90 @@
+"""A picture of some steps of a trace: one row for the device, the asks, and each duck."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duck.errors import ConfigError
+from duck.recording import Recording
+
+# Colours that also people tell apart who see few of them: lanes 0 and 1, and whatever comes after.
+LANES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+DUCK_ROWS = 8  # more would be too thin to see
+
+
+def draw(recording: Recording, path: Path, first: int, stop: int) -> None:
+    """Write steps first to stop - 1 of a trace, counted from 0, as a PNG.
+
+    Raises:
+        ConfigError: there are no such steps, or the file cannot be written.
+    """
+    steps = sorted(recording.on("loop", "step"), key=lambda span: span.start)
+    if not 0 <= first < stop <= len(steps):
+        raise ConfigError(f"--steps {first}:{stop}: the trace has steps 0:{len(steps)}")
+    start, end = steps[first].start, max(step.end for step in steps[first:stop])
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--png needs matplotlib: install duck-llm[host]") from None
+    rows = _rows(recording, start, end)
+    figure = Figure(figsize=(11, 0.9 + 0.34 * len(rows)), dpi=90, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    for number, (_, bars) in enumerate(rows):
+        for colour in sorted({colour for _, _, colour in bars}):
+            pieces = [((at - start) / 1e3, dur / 1e3) for at, dur, c in bars if c == colour]
+            axes.broken_barh(pieces, (number - 0.4, 0.8), color=LANES[colour], linewidth=0)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, (end - start) / 1e3)
+    axes.set_xlabel("milliseconds")
+    axes.spines[["top", "right"]].set_visible(False)
+    schedule = steps[first].args.get("schedule", "")
+    axes.set_title(f"{schedule!s:.40} · {stop - first} step{'s' * (stop - first > 1)}", loc="left")
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise ConfigError(f"--png {path}: {error.strerror or error}") from error
+
+
+Bars = list[tuple[float, float, int]]  # start, duration, colour
+
+
+def _rows(recording: Recording, start: float, end: float) -> Sequence[tuple[str, Bars]]:
+    colours = _Colours()
+    device: Bars = [
+        (span.start, span.end - span.start, colours.of(span.args))
+        for span in recording.on("device")
+        if span.start < end and span.end > start
+    ]
+    asks = [ask for ask in recording.asks if ask.start < end and ask.end > start]
+    by_colour: dict[int, Bars] = {}
+    for ask in asks:
+        colour = colours.of(ask.args)
+        by_colour.setdefault(colour, []).append((ask.start, ask.end - ask.start, colour))
+    rows: list[tuple[str, Bars]] = [("device", device)]
+    for number, colour in enumerate(sorted(by_colour)):
+        rows.append(("asks" if number == 0 else f"asks {number + 1}", by_colour[colour]))
+    for duck in range(min(DUCK_ROWS, len(recording.ducks))):
+        bars = []
+        for ask in asks:
+            answer = ask.answers.get(duck)
+            if answer is not None:
+                length = answer.end - answer.start
+                bars.append((answer.start, length, colours.of(ask.args)))
+        rows.append((recording.ducks[duck], bars))
+    return rows
+
+
+class _Colours:
+    """Each lane of each session has its own, as long as there are."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, int] = {}
+
+    def of(self, args: Mapping[str, Any]) -> int:
+        session = self._sessions.setdefault(str(args.get("session")), len(self._sessions))
+        return (2 * session + int(args.get("lane") == 1)) % len(LANES)

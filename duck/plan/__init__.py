@@ -1,0 +1,1 @@
+"""What a run should reach before it runs: closed forms, and a simulation of a decode step."""

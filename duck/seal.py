@@ -1,0 +1,267 @@
+"""Data frames that nobody without the key can read, forge, change or play again: AES-256-GCM.
+
+One tag a message. The header (its first 28 bytes, without the checksum) is associated data, so a
+frame cannot be moved to another ask, layer, duck or session. A key belongs to one sender, one
+audience, one data plane and one kind of frame in one session; under it no nonce is used twice:
+
+    asks, answers   nonce = header[8:20], the ticket to the fragments   header | ciphertext | tag
+    all others      nonce = a counter, which travels with them          header | counter | ... | tag
+
+What is sealed is a message, or over TCP a frame of at most 1 MiB of one, so that no more than that
+waits to be checked; whoever cuts it smaller (multicast) puts it together before it is opened.
+
+`Sealer` refuses to seal a ticket twice, whoever asks for it: what is lost is sent again as the same
+bytes, never sealed again (an answer that is computed twice has other stamps, and two texts under
+one nonce give GCM's authentication key away). `Opener` refuses what it has opened before.
+
+Pure: no socket, no clock. Buffers are the caller's; nothing is copied on the way.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from duck.errors import TransportError, WireError
+from duck.keys import ClusterKey
+from duck.wire import Kind
+
+NONCE_BYTES = 16  # of a handshake: the host's in HELLO, a duck's in WELCOME
+ASK_SECRET_BYTES = 32
+TAG_BYTES = 16
+_COUNTER = struct.Struct("<Q")
+_HEAD_BYTES = 28  # of the header: all but its checksum
+# Ticket, layer, source, fragment, fragments: 12 bytes as they lie there. Ticket and fragment make
+# them new; the others are along for the ride.
+_NONCE = slice(8, 20)
+_BY_TICKET = frozenset({Kind.ASK, Kind.ANSWER})
+
+Bytes = bytes | bytearray | memoryview
+
+
+def overhead(kind: Kind) -> int:
+    """How much longer a sealed message of this kind is than its body."""
+    return TAG_BYTES if kind in _BY_TICKET else _COUNTER.size + TAG_BYTES
+
+
+# --- keys
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One sender and its audience on one data plane: a key for every kind of frame."""
+
+    cluster: ClusterKey
+    salt: bytes
+    label: str
+
+    def key(self, kind: Kind) -> bytes:
+        return self.cluster.derive(f"data {self.label} {kind.name}", self.salt)
+
+    def __repr__(self) -> str:
+        return f"Channel({self.label})"
+
+
+@dataclass(frozen=True, repr=False)
+class SessionKeys:
+    """The channels of one session; its secrets travel inside TLS only.
+
+    So frames that somebody keeps stay closed to them even when the cluster key is stolen later.
+
+    Asks are written (or multicast) once for all ducks, so all ducks of the session must share their
+    key: it hangs on `ask_secret`, which the host draws anew for every session and puts into every
+    HELLO. Answers, and what the host says to one duck alone, hang on that duck's own nonce.
+
+    A plane is named by its own name ("tcp", "multicast"): a session may use two, and a ticket on
+    each.
+
+    Args:
+        cluster: the key both ends have.
+        host_nonce, ask_secret: of HELLO.
+    """
+
+    cluster: ClusterKey
+    host_nonce: bytes
+    ask_secret: bytes
+
+    def __post_init__(self) -> None:
+        _check("host nonce", self.host_nonce, NONCE_BYTES)
+        _check("ask secret", self.ask_secret, ASK_SECRET_BYTES)
+
+    def to_all(self, plane: str) -> Channel:
+        """From the host to all ducks of this session."""
+        return Channel(self.cluster, self.host_nonce + self.ask_secret, f"{plane} host>all")
+
+    def to_duck(self, plane: str, duck: int, duck_nonce: bytes) -> Channel:
+        """From the host to one duck."""
+        return self._pair(f"{plane} host>{duck}", duck_nonce)
+
+    def to_host(self, plane: str, duck: int, duck_nonce: bytes) -> Channel:
+        """From one duck to the host."""
+        return self._pair(f"{plane} {duck}>host", duck_nonce)
+
+    def _pair(self, label: str, duck_nonce: bytes) -> Channel:
+        _check("duck nonce", duck_nonce, NONCE_BYTES)
+        return Channel(self.cluster, self.host_nonce + duck_nonce, label)
+
+
+def _check(what: str, value: bytes, nbytes: int) -> None:
+    if len(value) != nbytes:
+        raise WireError(f"{what} of {len(value)} bytes, want {nbytes}")
+
+
+# --- numbers that are used once
+
+
+class Window:
+    """Which numbers have been seen, in a window below the highest; older ones count as seen."""
+
+    SIZE = 1024
+    _MASK = (1 << SIZE) - 1
+
+    def __init__(self) -> None:
+        self._top = -1
+        self._bits = 0  # bit i: top - i has been seen
+
+    def seen(self, number: int) -> bool:
+        behind = self._top - number
+        return behind >= 0 and (behind >= self.SIZE or bool(self._bits >> behind & 1))
+
+    def note(self, number: int) -> None:
+        ahead = number - self._top
+        if ahead <= 0:
+            self._bits |= 1 << -ahead
+        elif ahead >= self.SIZE:
+            self._top, self._bits = number, 1
+        else:
+            self._top, self._bits = number, (self._bits << ahead | 1) & self._MASK
+
+
+# --- messages
+
+
+class Sealer:
+    """Seals what one sender says on one channel; there must be one for it in the whole session."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._ciphers: dict[int, AESGCM] = {}
+        self._used: dict[int, Window] = {}
+        self._due: dict[int, tuple[bytes, int]] = {}  # kind -> ticket and fragment that may follow
+        self._count = 0
+
+    def seal_into(self, head: Bytes, body: Bytes, out: Bytes) -> int:
+        """Write a sealed message into `out`; its length.
+
+        head: the header as it will be sent; out: `len(body) + overhead(kind)` bytes, no part of
+        `body`.
+
+        Raises:
+            TransportError: this ticket was sealed before (all were used, or an ask was answered
+                twice); nothing was written.
+        """
+        kind = head[3]
+        cipher = self._ciphers.get(kind) or self._cipher(kind)
+        if kind in _BY_TICKET:
+            self._claim(kind, head)
+            return cipher.encrypt_into(head[_NONCE], body, head[:_HEAD_BYTES], out)
+        self._count += 1  # 64 bits: never all used
+        counter = _COUNTER.pack(self._count)
+        view = memoryview(out)
+        view[: _COUNTER.size] = counter
+        sealed = view[_COUNTER.size :]
+        return _COUNTER.size + cipher.encrypt_into(
+            counter + bytes(4), body, head[:_HEAD_BYTES], sealed
+        )
+
+    def seal(self, head: Bytes, body: Bytes) -> bytearray:
+        """As `seal_into`, in a buffer of its own."""
+        out = bytearray(len(body) + overhead(Kind(head[3])))
+        self.seal_into(head, body, out)
+        return out
+
+    def _cipher(self, kind: int) -> AESGCM:
+        cipher = self._ciphers[kind] = AESGCM(self._channel.key(Kind(kind)))
+        return cipher
+
+    def _claim(self, kind: int, head: Bytes) -> None:
+        """Make sure that this nonce is new: a ticket from its first fragment on, one by one."""
+        ticket, fragment = bytes(head[8:12]), int.from_bytes(head[16:18], "little")
+        if fragment:
+            fresh = self._due.get(kind) == (ticket, fragment)
+        else:
+            used = self._used.setdefault(kind, Window())
+            number = int.from_bytes(ticket, "little")
+            if fresh := not used.seen(number):
+                used.note(number)
+        if not fresh:
+            raise TransportError(
+                f"ticket {int.from_bytes(ticket, 'little')} was used before in this session; "
+                "start a new one"
+            )
+        self._due[kind] = (ticket, fragment + 1)
+
+
+class Opener:
+    """Opens what comes on one channel.
+
+    Asks and counted frames are opened once each. Answers are not remembered here: their receiver
+    knows which it waits for, and a ticket never comes back in a session.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._ciphers: dict[int, AESGCM] = {}
+        self._seen: dict[int, Window] = {}
+
+    def open_into(self, head: Bytes, sealed: Bytes, out: Bytes) -> int:
+        """Write a message's body into `out`; its length.
+
+        head: the header as it came; sealed: all the payload; out: at least the body's length, no
+        part of `sealed`. When this raises, `out` may hold anything, and none of it may be used.
+
+        Raises:
+            WireError: forged, damaged, sealed for somebody else, cut off, or opened before.
+        """
+        kind = head[3]
+        cipher = self._ciphers.get(kind) or self._cipher(kind)
+        if kind == Kind.ANSWER:
+            return self._decrypt(cipher, head[_NONCE], head, sealed, out)
+        fragment = 0
+        if kind == Kind.ASK:
+            number = int.from_bytes(head[8:12], "little")
+            fragment = int.from_bytes(head[16:18], "little")
+            nonce: Bytes = head[_NONCE]
+        else:
+            if len(sealed) < _COUNTER.size:
+                raise WireError(f"a sealed {Kind(kind).name} of {len(sealed)} bytes")
+            (number,) = _COUNTER.unpack_from(sealed)
+            nonce = bytes(sealed[: _COUNTER.size]) + bytes(4)
+            sealed = memoryview(sealed)[_COUNTER.size :]
+        seen = self._seen.setdefault(kind, Window())
+        # Later fragments of an ask follow their first one, which only comes once.
+        if not fragment and seen.seen(number):
+            raise WireError(f"{Kind(kind).name} {number} came before: replayed, or very late")
+        size = self._decrypt(cipher, nonce, head, sealed, out)
+        if not fragment:
+            seen.note(number)  # only now: a forged number must not shut out the real one
+        return size
+
+    def _cipher(self, kind: int) -> AESGCM:
+        cipher = self._ciphers[kind] = AESGCM(self._channel.key(Kind(kind)))
+        return cipher
+
+    @staticmethod
+    def _decrypt(cipher: AESGCM, nonce: Bytes, head: Bytes, sealed: Bytes, out: Bytes) -> int:
+        size = len(sealed) - TAG_BYTES
+        if size < 0:
+            raise WireError(f"a sealed {Kind(head[3]).name} of {len(sealed)} bytes")
+        try:
+            return cipher.decrypt_into(nonce, sealed, head[:_HEAD_BYTES], memoryview(out)[:size])
+        except InvalidTag:
+            raise WireError(
+                f"a sealed {Kind(head[3]).name} is not authentic: forged, damaged, or another key"
+            ) from None

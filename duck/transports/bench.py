@@ -1,0 +1,332 @@
+"""`duck bench transport`: what a round of asks and answers costs the host, beside plain sockets.
+
+Ducks are processes that answer at once (bench_ducks.py). The yardstick is the least that Python can
+do with the same bytes: a loop over epoll that sends an ask to every duck and receives the answers
+into their rows with recv_into; no frames, no checks, no futures. Both are measured in turns of a
+few rounds within the same run, because the speed of a shared machine drifts.
+
+The host's processor time is that of the thread that runs the event loop; adding up the answers is
+timed for itself. With 32 ducks on a few processors the latency is not that of 32 machines: the
+host's time is the figure to look at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import select
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duck import wire
+from duck.config import Network
+from duck.errors import TransportError
+from duck.flock import add_up
+from duck.placement import Plan, equal_slices
+from duck.transports.base import Rows
+from duck.transports.bench_ducks import SIZES
+from duck.transports.control import FlockTransport
+from duck.transports.planes import host_plane
+
+HIDDEN, TOP_K, DTYPE = 7168, 8, "bfloat16"  # DeepSeek-V3
+LAYERS = 4
+TURN = 16  # rounds of one side before the other has its turn
+WARM_ROUNDS = 20
+_START_S = 60.0
+_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report; times in microseconds, a round is one ask to all ducks."""
+
+    transport: str
+    ducks: int
+    rows: int
+    rounds: int
+    p50_us: float
+    p99_us: float
+    host_cpu_us: float  # of the event loop's thread, without the sum
+    sum_us: float  # its time for adding up the answers
+    rounds_s: float
+    calls: float | None  # system calls that send and receive, a round
+    packets: float | None  # that the loopback interface carried, a round
+    raw_p50_us: float
+    raw_cpu_us: float
+    ratio: float  # median over the turns: host_cpu_us / raw_cpu_us
+
+
+def bench_transport(
+    *,
+    transports: Sequence[str] = ("shm", "tcp"),
+    ducks: Sequence[int] = (1, 2, 8, 32),
+    rows: Sequence[int] = (1, 2, 328),
+    seconds: float = 2.0,
+    note: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure every combination for so many seconds; blocking, on an event loop of its own.
+
+    Raises:
+        TransportError: the ducks did not start.
+    """
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    host, others = (usable[:1], usable[1:]) if len(usable) > 1 else ([], [])
+    if host:
+        os.sched_setaffinity(0, host)
+    measured: list[Row] = []
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            for count in ducks:
+                with _ducks(count, others) as addresses:
+                    for transport in transports:
+                        for size in rows:
+                            note(f"{transport}, {count} ducks, {size} rows")
+                            measured.append(
+                                runner.run(_measure(transport, addresses, size, seconds))
+                            )
+    finally:
+        if host:
+            os.sched_setaffinity(0, usable)
+    return {
+        "machine": platform.platform(),
+        "processors": os.cpu_count(),
+        "load": list(os.getloadavg()),
+        "hidden": HIDDEN,
+        "top_k": TOP_K,
+        "dtype": DTYPE,
+        "rows": [asdict(row) for row in measured],
+    }
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+@contextlib.contextmanager
+def _ducks(count: int, processors: Sequence[int]) -> Iterator[list[tuple[str, str]]]:
+    """Start ducks; (address, yardstick's address) of each."""
+    told = json.dumps({"count": count, "processors": list(processors)})
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "duck.transports.bench_ducks", told],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdin
+    assert process.stdout
+    try:
+        found: dict[int, tuple[str, str]] = {}
+        begun = time.monotonic()
+        while len(found) < count:
+            line = process.stdout.readline()
+            if not line or time.monotonic() - begun > _START_S:
+                raise TransportError("the bench's ducks did not start")
+            duck = json.loads(line)
+            found[duck["duck"]] = (duck["address"], duck["yardstick"])
+        yield [found[number] for number in range(count)]
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+@dataclass
+class _Side:
+    """What one side of the comparison took, turn by turn."""
+
+    latencies: list[float]
+    cpu: list[float]  # seconds a round
+    sums: list[float]
+
+
+async def _measure(
+    transport: str, addresses: Sequence[tuple[str, str]], size: int, seconds: float
+) -> Row:
+    ducks = len(addresses)
+    shape = wire.Shape(HIDDEN, TOP_K, DTYPE, DTYPE, max(size, 1))
+    plan = Plan(
+        "bench", tuple(range(LAYERS)), 256, ducks * 64, equal_slices(ducks * 64, ducks), shape
+    )
+    rng = np.random.default_rng(1)
+    x = wire.to_wire(rng.standard_normal((size, HIDDEN), np.float32), DTYPE)
+    ids = np.argsort(rng.random((size, 256)), axis=1)[:, :TOP_K].astype(np.int32)
+    weights = rng.random((size, TOP_K), np.float32)
+    async with _flock(transport, [address for address, _ in addresses], plan) as flock:
+        yardstick = _Yardstick([address for _, address in addresses], plan, size)
+        try:
+            ours, theirs = _Side([], [], []), _Side([], [], [])
+            await _our_turn(flock, x, ids, weights, _Side([], [], []), WARM_ROUNDS)
+            yardstick.turn(_Side([], [], []), WARM_ROUNDS)
+            begun = time.perf_counter()
+            turn = TURN if size * ducks < 64 else 2
+            calls = packets = rounds = 0
+            while time.perf_counter() - begun < seconds or len(ours.cpu) < 3:
+                before = _calls(flock), _packets()
+                await _our_turn(flock, x, ids, weights, ours, turn)
+                calls += _calls(flock) - before[0]
+                packets += _packets() - before[1]
+                rounds += turn
+                yardstick.turn(theirs, turn)
+        finally:
+            yardstick.close()
+    latencies = np.array(ours.latencies) * 1e6
+    ratios = [a / b for a, b in zip(ours.cpu, theirs.cpu, strict=True)]
+    return Row(
+        transport=transport, ducks=ducks, rows=size, rounds=rounds,
+        p50_us=float(np.percentile(latencies, 50)),
+        p99_us=float(np.percentile(latencies, 99)),
+        host_cpu_us=statistics.median(ours.cpu) * 1e6,
+        sum_us=statistics.median(ours.sums) * 1e6,
+        rounds_s=rounds / sum(ours.latencies),
+        calls=calls / rounds,
+        packets=packets / rounds if sys.platform == "linux" else None,
+        raw_p50_us=float(np.percentile(np.array(theirs.latencies) * 1e6, 50)),
+        raw_cpu_us=statistics.median(theirs.cpu) * 1e6,
+        ratio=statistics.median(ratios),
+    )  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def _flock(
+    transport: str, addresses: Sequence[str], plan: Plan
+) -> AsyncIterator[FlockTransport]:
+    flock = FlockTransport(addresses, host_plane(transport, Network()))
+    try:
+        await flock.start(plan)
+        yield flock
+    finally:
+        await flock.close()
+
+
+async def _our_turn(
+    flock: FlockTransport,
+    x: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    side: _Side,
+    rounds: int,
+) -> None:
+    loop, size, sums = asyncio.get_running_loop(), len(x), 0.0
+    cpu = time.thread_time()
+    for number in range(rounds):
+        begun = time.perf_counter()
+        rows = await flock.acquire(size)
+        deadline = loop.time() + _DEADLINE_S
+        ask = flock.ask(number % LAYERS, x, ids, weights, rows, deadline=deadline)
+        partials = (await ask).partials(size)
+        landed = time.perf_counter()
+        side.latencies.append(landed - begun)
+        sum_begun = time.thread_time()
+        add_up(partials)
+        sums += time.thread_time() - sum_begun
+        ask.release()
+    side.cpu.append((time.thread_time() - cpu - sums) / rounds)
+    side.sums.append(sums / rounds)
+
+
+class _Yardstick:
+    """Plain sockets and epoll."""
+
+    def __init__(self, addresses: Sequence[str], plan: Plan, size: int) -> None:
+        self._ask = bytes(wire.HEADER_BYTES + plan.shape.ask_bytes(size))
+        self._answer = wire.HEADER_BYTES + wire.STAMP_BYTES + plan.shape.answer_bytes(size)
+        rows = Rows(plan.ducks, plan.shape, size)
+        self._epoll = select.epoll()
+        self._links: list[socket.socket] = []
+        self._places: dict[int, tuple[socket.socket, memoryview]] = {}
+        for duck, address in enumerate(addresses):
+            host, port = address.rsplit(":", 1)
+            link = socket.create_connection((host, int(port)))
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.sendall(SIZES.pack(len(self._ask), self._answer))
+            self._links.append(link)
+            self._epoll.register(link.fileno(), select.EPOLLIN)
+            self._places[link.fileno()] = (link, rows.landing[duck])
+
+    def turn(self, side: _Side, rounds: int) -> None:
+        cpu = time.thread_time()
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            self._round()
+            side.latencies.append(time.perf_counter() - begun)
+        side.cpu.append((time.thread_time() - cpu) / rounds)
+
+    def _round(self) -> None:
+        for link in self._links:
+            link.sendall(self._ask)
+        want = self._answer
+        have = dict.fromkeys(self._places, 0)
+        left = len(have)
+        poll, places = self._epoll.poll, self._places
+        while left:
+            for descriptor, _ in poll():
+                link, place = places[descriptor]
+                # The header has no place in the row; one stretch of the answer's size is as good.
+                got = have[descriptor]
+                room = min(want - got, len(place))
+                got += link.recv_into(place, room)
+                have[descriptor] = got
+                if got == want:
+                    left -= 1
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+        self._epoll.close()
+
+
+def _calls(flock: FlockTransport) -> int:
+    return int(flock.stats().get("calls", 0))
+
+
+def _packets() -> int:
+    """Packets that the loopback interface has carried."""
+    try:
+        lines = Path("/proc/net/dev").read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        name, _, counts = line.partition(":")
+        if name.strip() == "lo":
+            return int(counts.split()[1])
+    return 0
+
+
+def tables(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"hidden {report['hidden']}, top {report['top_k']}, {report['dtype']}; "
+        f"{report['processors']} processors, load {report['load'][0]:.1f}",
+        "",
+        f"{'':11}{'ducks':>5}{'rows':>5}{'p50 us':>10}{'p99 us':>10}{'host us':>9}{'sum us':>8}"
+        f"{'rounds/s':>10}{'calls':>7}{'packets':>9}{'raw p50':>10}{'raw us':>9}{'ratio':>7}",
+    ]
+    lines += [
+        f"{row['transport']:11}{row['ducks']:5}{row['rows']:5}{row['p50_us']:10.0f}"
+        f"{row['p99_us']:10.0f}{row['host_cpu_us']:9.0f}{row['sum_us']:8.0f}"
+        f"{row['rounds_s']:10.0f}{row['calls']:7.1f}"
+        + ("" if row["packets"] is None else f"{row['packets']:9.1f}")
+        + f"{row['raw_p50_us']:10.0f}{row['raw_cpu_us']:9.0f}{row['ratio']:7.2f}"
+        for row in report["rows"]
+    ]
+    return "\n".join(lines)

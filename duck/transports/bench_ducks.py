@@ -1,0 +1,125 @@
+"""The ducks of `duck bench transport`: processes that hold nothing and answer at once.
+
+`python -m duck.transports.bench_ducks '{"count": 8, ...}'` forks so many of them, each with its two
+addresses on a line of stdout: where it is a duck, and where it is the yardstick, a plain socket
+that takes as many bytes as an ask has and sends back as many as an answer. They end with stdin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from duck import wire
+from duck.kernels import library
+from duck.placement import Plan
+from duck.transports.base import Handler, Loading
+from duck.transports.listen import ListeningDuck
+from duck.transports.planes import duck_planes
+from duck.transports.worker import Waiting, Worker
+
+SIZES = struct.Struct("<II")  # what the yardstick is told first: bytes of an ask, of an answer
+
+
+class _Nothing:
+    """A `Handler` that is never asked to compute."""
+
+    async def attach(self, plan: Plan, duck: int, loading: Loading) -> Mapping[str, Any]:
+        return {"warm": True}
+
+    def answer(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        raise AssertionError("the echo answers")
+
+
+class Echo(Worker):
+    """A `Worker` that answers every ask as it comes, with the same numbers each time."""
+
+    def __init__(self, handler: Handler) -> None:
+        super().__init__(handler)
+        self._answers: dict[int, np.ndarray] = {}
+
+    def put(self, owner: int, ticket: int, ask: Waiting) -> None:
+        if ask.rows not in self._answers:
+            sums = np.random.default_rng(0).standard_normal((ask.rows, ask.shape.hidden))
+            self._answers[ask.rows] = wire.to_wire(sums, ask.shape.answer_dtype)
+        ask.reply(self._answers[ask.rows], wire.pack_stamps(0.0, 0.0))
+
+
+def _yardstick(listener: socket.socket) -> None:
+    """Serve one connection after another, in a thread."""
+    while True:
+        link, _ = listener.accept()
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with link, contextlib.suppress(ConnectionError, EOFError):
+            asked, answered = SIZES.unpack(_exactly(link, memoryview(bytearray(SIZES.size))))
+            ask, answer = memoryview(bytearray(asked)), bytes(answered)
+            while True:
+                _exactly(link, ask)
+                link.sendall(answer)
+
+
+def _exactly(link: socket.socket, into: memoryview) -> memoryview:
+    have = 0
+    while have < len(into):
+        count = link.recv_into(into[have:])
+        if not count:
+            raise EOFError
+        have += count
+    return into
+
+
+def _be_a_duck(number: int) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=_yardstick, args=(listener,), daemon=True).start()
+
+    def ready(address: str) -> None:
+        yardstick = f"127.0.0.1:{listener.getsockname()[1]}"
+        line = json.dumps({"duck": number, "address": address, "yardstick": yardstick})
+        os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
+
+    async def serve() -> None:
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(0, ended.set)  # readable when the host is gone
+        end = ListeningDuck("127.0.0.1:0", ready, duck_planes(), make_worker=Echo)
+        serving = asyncio.create_task(end.serve(_Nothing()))
+        await ended.wait()
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        uvloop.run(serve())
+        return
+    asyncio.run(serve())
+
+
+def main() -> None:
+    """Fork the ducks and wait for them."""
+    told = json.loads(sys.argv[1])
+    library.native()  # once, and not in each of them
+    if told["processors"]:
+        os.sched_setaffinity(0, told["processors"])
+    children = []
+    for number in range(told["count"]):
+        child = os.fork()
+        if not child:
+            _be_a_duck(number)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,419 @@
+"""The control plane, the host's end: who the ducks are, what they hold, whether they live.
+
+One connection a duck carries length-prefixed msgpack: HELLO, LOADING, the layers that the duck
+lacks (supply.py), WELCOME, then PING and PONG, so that a duck that computes for long is told apart
+from one that is frozen. How asks and answers travel is the business of a `Plane`, which HELLO
+names: tcp.py, shm.py. The session's number is the host's choice and the same for all ducks, so an
+ask's bytes are the same for all of them too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from duck import __version__, wire
+from duck.config import split_address
+from duck.errors import DuckLost, TransportClosed, TransportError, WireError
+from duck.placement import Plan
+from duck.seal import ASK_SECRET_BYTES, NONCE_BYTES, SessionKeys
+from duck.transports.base import ASK_ROW_S, ASK_S, TICK_S, Ask, AskTable, Rows
+from duck.transports.link import Link
+from duck.transports.supply import Sender
+
+if TYPE_CHECKING:  # certificates are slow to import, and only needed with a key
+    from duck.transports.tls import Credentials
+
+PROTOCOL = (2, 2)  # the control protocol versions this build speaks, lowest and highest
+SOFTWARE = f"duck {__version__}"
+CONNECT_S = 10.0
+# A duck that loads says so every half second; so long it may say so without a byte more.
+PROGRESS_S = 120.0
+# Without any byte from a duck for this many ticks it counts as frozen. Ticks, not seconds: while
+# this process itself is held up no tick passes, so a busy host never blames its ducks.
+SILENT_TICKS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What one duck agreed to."""
+
+    link: Link  # its control connection
+    nonce: bytes  # its own, fresh for this session
+    plane: Mapping[str, Any]  # its parameters of the data plane
+    facts: Mapping[str, Any]  # all of the message
+
+
+class Plane(Protocol):
+    """The host's end of a data plane, one object for a whole flock.
+
+    It moves asks out and answers in, and completes them in `flock.asks` (an `AskTable`). A duck
+    that breaks the plane's rules or is cut off is given up by `flock.asks.lose`.
+    """
+
+    @property
+    def name(self) -> str:
+        """What HELLO calls it."""
+        ...
+
+    def start(self, flock: FlockTransport) -> None:
+        """The plan, the session and the table are known; nobody is connected."""
+        ...
+
+    def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
+        """This plane's parameters for a duck's HELLO, to be sent on this connection."""
+        ...
+
+    async def connect(self, duck: int, welcome: Welcome) -> None:
+        """Make ready for a duck that has said WELCOME.
+
+        Raises:
+            WireError: its parameters make no sense.
+            TransportError: it cannot be reached.
+        """
+        ...
+
+    def send(self, ask: Ask, body: bytes) -> None:
+        """Hand an ask to every duck that still lives, before returning.
+
+        Raises:
+            TransportError: this session cannot carry it; the ask has failed.
+        """
+        ...
+
+    def cancel(self, ask: Ask) -> None:
+        """A hint to the ducks that have not answered: nobody waits any more."""
+        ...
+
+    def tick(self) -> None:
+        """Called every `TICK_S`."""
+        ...
+
+    def heard(self, duck: int) -> int:
+        """Changes with every sign of life that came by this plane."""
+        ...
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters; "late_answers" are added to the table's."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; called once, perhaps before `connect`."""
+        ...
+
+
+class FlockTransport:
+    """The host's end for ducks at known addresses, over a data plane.
+
+    Args:
+        addresses: HOST:PORT of each duck, in duck order.
+        plane: how asks and answers travel.
+        labels: how errors name each duck.
+        progress: called with (duck, bytes done, bytes in all) while ducks load their slices.
+        supply: cuts a layer's file for a duck that lacks it: (duck, layer), see `supply.Sender`.
+        credentials: with a cluster key: every duck must have it too, and control is inside TLS.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        plane: Plane,
+        labels: Sequence[str] | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
+        supply: Callable[[int, int], Iterator[memoryview]] | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        self.addresses = tuple(addresses)
+        self.labels = tuple(labels or (f"duck {d} ({a})" for d, a in enumerate(addresses)))
+        self.plane = plane
+        self.session = 0  # drawn anew by `start`
+        self.nonce = b""
+        self.keys: SessionKeys | None = None  # with credentials: what planes seal their frames by
+        self.attached: list[Mapping[str, Any]] = []  # what each duck said in WELCOME
+        self._progress, self._supply = progress, supply
+        self._credentials = credentials
+        self._links: list[Link] = []  # every connection made
+        self._control: list[Link] = []
+        self._table: AskTable | None = None
+
+    async def start(self, plan: Plan) -> None:
+        """Shake hands with every duck at once; all of them hold their slices when this returns."""
+        assert plan.ducks == len(self.addresses)
+        self.plan = plan
+        self.session, self.nonce = secrets.randbits(32), secrets.token_bytes(NONCE_BYTES)
+        if self._credentials:
+            secret = secrets.token_bytes(ASK_SECRET_BYTES)
+            self.keys = SessionKeys(self._credentials.key, self.nonce, secret)
+        self._table = AskTable(plan, self.labels)
+        self._table.on_cancel = self.plane.cancel
+        try:
+            self.plane.start(self)
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._attach(duck)) for duck in range(plan.ducks)]
+            if self._table.closed:
+                raise TransportClosed("closed while it started")
+        except BaseExceptionGroup as group_error:
+            await self.close()
+            raise first_error(group_error) from None
+        except BaseException:  # told to stop
+            await self.close()
+            raise
+        for duck, task in enumerate(tasks):
+            welcome = task.result()
+            self.attached.append(welcome.facts)
+            self._control.append(welcome.link)
+            self.watch(welcome.link, duck)
+        self._heard = [-1] * plan.ducks
+        self._silent = [0] * plan.ducks
+        self._table.on_tick = self._tick
+
+    # for planes
+
+    @property
+    def asks(self) -> AskTable:
+        """The asks in flight."""
+        assert self._table is not None, "start() comes first"
+        return self._table
+
+    def watch(self, link: Link, duck: int) -> None:
+        """From now on the duck is lost when this connection ends."""
+        link.on_close = partial(self.asks.lose, duck)
+        if link.closed.done():  # before we looked
+            self.asks.lose(duck, link.closed.result())
+
+    def drop(self, duck: int, reason: str) -> None:
+        """End a duck's connection, as if it had gone."""
+        self._control[duck].abort(reason)
+
+    async def connect(self, duck: int, *, control: bool = False) -> Link:
+        """One more connection to a duck's port, in control mode.
+
+        control: it is for control messages, which go inside TLS when there is a key. A plane's own
+        connection does not: its greeting is a word used once, and its frames have their own seal.
+
+        Raises:
+            DuckLost, TransportError: there is nobody.
+        """
+        address, label = self.addresses[duck], self.labels[duck]
+        host, port = split_address(address)
+        loop = asyncio.get_running_loop()
+        tls = self._credentials.connection() if control and self._credentials else None
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                _, link = await loop.create_connection(lambda: Link(tls=tls), host, port)
+        except TimeoutError:
+            reason = f"no connection to {address} within {CONNECT_S:.0f} s"
+            raise DuckLost(label, None, CONNECT_S * 1e3, reason, index=duck) from None
+        except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
+            why = getattr(error, "strerror", None) or error
+            raise TransportError(
+                f"cannot reach {label}: {why}; start it with: "
+                f"duck node --listen {address} --model DIR"
+            ) from error
+        self._links.append(link)
+        return link
+
+    async def expect(self, link: Link, duck: int, *kinds: str) -> dict[str, Any]:
+        """The next message of one of these kinds.
+
+        LOADING messages in between are progress, while they progress; silence is a loss.
+
+        Raises:
+            DuckLost: it is silent, gone, or stuck while it loads.
+            WireError: it refuses, or says something else.
+        """
+        kind, begun = kinds[0], time.perf_counter()
+        shown, moved = -1, begun
+        while True:
+            try:
+                message = await link.receive(CONNECT_S)
+            except (TimeoutError, TransportError) as error:
+                reason = f"{error} before {kind}"
+                if isinstance(error, TimeoutError):
+                    reason = f"no {kind} and no sign of life for {CONNECT_S:.0f} s"
+                raise self._gone(duck, begun, reason) from None
+            if message["t"] in kinds:
+                return message
+            if message["t"] == "ERR":
+                text = wire.plain(wire.field(message, "text", str))
+                raise WireError(f"{self.labels[duck]} refused: {text}")
+            if message["t"] != "LOADING":
+                raise WireError(
+                    f"{self.labels[duck]} sent {message['t'][:40]!r} where {kind} was due"
+                )
+            done, total = wire.field(message, "done", int), wire.field(message, "total", int)
+            now = time.perf_counter()
+            if done != shown:
+                shown, moved = done, now
+            elif now - moved > PROGRESS_S:
+                reason = f"it loads, and not a byte more has come for {PROGRESS_S:.0f} s"
+                raise self._gone(duck, begun, reason)
+            if self._progress:
+                self._progress(duck, done, total)
+
+    def _gone(self, duck: int, begun: float, reason: str) -> DuckLost:
+        waited_ms = (time.perf_counter() - begun) * 1e3
+        return DuckLost(self.labels[duck], None, waited_ms, reason, index=duck)
+
+    # the handshake
+
+    async def _attach(self, duck: int) -> Welcome:
+        label = self.labels[duck]
+        try:
+            return await self._shake_hands(duck)
+        except WireError as error:  # whatever is wrong, say with whom
+            text = str(error)
+            raise WireError(text if text.startswith(label) else f"{label}: {text}") from None
+
+    async def _shake_hands(self, duck: int) -> Welcome:
+        plan, label = self.plan, self.labels[duck]
+        link = await self.connect(duck, control=True)
+        secret = {"ask_secret": self.keys.ask_secret} if self.keys else {}
+        link.send(
+            {
+                "t": "HELLO",
+                **secret,
+                "v": list(PROTOCOL),
+                "software": SOFTWARE,
+                "session": self.session,
+                "nonce": self.nonce,
+                "plan": plan.to_wire(),
+                "plan_hash": plan.hash(),
+                "duck": duck,
+                "slice_hash": plan.slice_hash(duck),
+                "patience": [ASK_S, ASK_ROW_S],
+                "data": self.plane.name,
+                "plane": dict(self.plane.offer(duck, link)),
+            }
+        )
+        facts = await self._welcome(link, duck)
+        version = wire.field(facts, "v", int)
+        if not PROTOCOL[0] <= version <= PROTOCOL[1]:
+            raise WireError(f"{label} speaks protocol {version}, this host {versions()}")
+        for name, want in (("plan_hash", plan.hash()), ("slice_hash", plan.slice_hash(duck))):
+            if wire.field(facts, name, str) != want:
+                raise WireError(f"{label} answered with another {name.replace('_', ' ')}")
+        welcome = Welcome(link, nonce_of(facts), wire.field(facts, "plane", dict), facts)
+        await self.plane.connect(duck, welcome)
+        return welcome
+
+    async def _welcome(self, link: Link, duck: int) -> dict[str, Any]:
+        """Wait for WELCOME; until then the duck may ask for the layers that it lacks."""
+        sender = Sender(link, self.plan.layers, partial(self._stream, duck))
+        try:
+            async with asyncio.TaskGroup() as sending:
+                task: asyncio.Task[None] | None = None
+                while True:
+                    message = await self.expect(link, duck, "WELCOME", "LACK", "GOT")
+                    if message["t"] == "LACK":
+                        task = sending.create_task(sender.send(message))
+                    elif message["t"] == "GOT":
+                        sender.got(message)
+                    else:
+                        if task:
+                            task.cancel()  # done, unless the duck is out of its mind
+                        return message
+        except BaseExceptionGroup as error:
+            raise first_error(error) from None
+
+    def _stream(self, duck: int, layer: int) -> Iterator[memoryview]:
+        if self._supply is None:
+            raise TransportError(
+                f"{self.labels[duck]} lacks layer {layer}, and this host has no weights to send"
+            )
+        return self._supply(duck, layer)
+
+    # asks
+
+    async def acquire(self, rows: int = 1) -> Rows:
+        return await self.asks.ring.acquire(rows)
+
+    def ask(
+        self,
+        layer: int,
+        x: np.ndarray,
+        ids: np.ndarray,
+        weights: np.ndarray,
+        rows: Rows,
+        *,
+        deadline: float,
+    ) -> Ask:
+        """Hand one message to the plane for every duck; see the contract in `base`."""
+        ask = self.asks.open(layer, len(x), ids, rows, deadline)
+        try:
+            self.plane.send(ask, wire.pack_ask(ids, weights, x))
+        except TransportError as error:
+            self.asks.fail(ask, error)
+            raise
+        return ask
+
+    def _tick(self) -> None:
+        """Ping every duck and count its silence."""
+        self.plane.tick()
+        for duck, control in enumerate(self._control):
+            heard = control.heard + self.plane.heard(duck)
+            self._silent[duck] = 0 if heard != self._heard[duck] else self._silent[duck] + 1
+            self._heard[duck] = heard
+            if duck in self.asks.lost:
+                continue
+            if self._silent[duck] >= SILENT_TICKS:
+                seconds = SILENT_TICKS * TICK_S
+                reason = f"no sign of life for {seconds:.1f} s (frozen or cut off)"
+                self.asks.lose(duck, reason)
+            control.send({"t": "PING"})
+            control.forget_messages()  # PONGs were signs of life
+
+    def stats(self) -> Mapping[str, float]:
+        plane = self.plane.stats()
+        late = self.asks.late_answers + plane.get("late_answers", 0)
+        return {**plane, "late_answers": late, "rows_free": self.asks.ring.free}
+
+    async def close(self) -> None:
+        """Say BYE and drop the connections; safe to call twice and with asks in flight."""
+        if self._table is None:
+            return
+        first = not self._table.closed
+        if first:
+            for duck, link in enumerate(self._control):
+                if duck not in self._table.lost:
+                    link.send({"t": "BYE"})
+                    link.transport.close()  # once BYE is sent
+        self._table.close()
+        if first:
+            self.plane.close()
+        for link in self._links:
+            if not link.transport.is_closing():
+                link.abort("closed")
+
+
+def nonce_of(message: Mapping[str, Any]) -> bytes:
+    """The sender's nonce in HELLO or WELCOME.
+
+    Raises:
+        WireError: it is not one.
+    """
+    nonce: bytes = wire.field(message, "nonce", bytes)
+    if len(nonce) != NONCE_BYTES:
+        raise WireError(f"{message['t']}: nonce of {len(nonce)} bytes, want {NONCE_BYTES}")
+    return nonce
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a group that says why, not that it was cancelled with the others."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def versions() -> str:
+    """The control protocols this build speaks, as text."""
+    low, high = PROTOCOL
+    return str(low) if low == high else f"{low}..{high}"

@@ -1,0 +1,263 @@
+"""UDP sockets as the multicast transport needs them, and the network interfaces they belong to.
+
+A message goes out as one train of equal datagrams in one call where the kernel cuts trains
+(UDP_SEGMENT, Linux 4.18), and comes in as one where it joins them (UDP_GRO, Linux 5.0): per-packet
+calls would cost more than everything else together. Where it cannot, one call a datagram does the
+same. Nothing here knows what is in a datagram.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import socket
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from duck.errors import ConfigError, TransportError
+
+Address = tuple[str, int]
+
+# Not in Python's socket module; from linux/udp.h, linux/in.h and asm-generic/socket.h.
+_SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
+_IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE, _IP_MULTICAST_ALL = 10, 3, 49
+_SO_RCVBUFFORCE = 33
+_TRAIN_DATAGRAMS, _TRAIN_BYTES = 64, 65_507  # the kernel's limits for one train
+_TRUNCATED = int(socket.MSG_TRUNC)  # an enum is slow to calculate with
+# One wake-up takes in at most so many: whoever floods us does not stop the event loop.
+_DRAIN = 256
+# How the kernel says that it cannot cut this train here, and the datagrams may go one by one.
+_NO_TRAINS = {errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOPROTOOPT}
+
+
+def buffer_bytes(datagrams: int, size: int) -> int:
+    """What the kernel charges a receive buffer for so many datagrams of `size` bytes.
+
+    Measured: 2,304 for 1,472 bytes. Memory comes in powers of two, plus its own notes.
+    """
+    return datagrams * ((1 << (size + 400 - 1).bit_length()) + 256)
+
+
+class UdpSocket:
+    """A non-blocking IPv4 UDP socket.
+
+    Args:
+        address: to bind to; port 0 lets the system choose.
+        interface: the address of the interface that sends multicast, and joins `group`.
+        group: the multicast group to listen to, on the bound port.
+        loop: whether this machine hears what is sent to a group.
+        receive_bytes: wanted for the receive buffer, see `buffer_bytes`.
+
+    Raises:
+        OSError: the system refuses.
+    """
+
+    def __init__(
+        self, address: Address, *, interface: str, group: str = "", loop: bool = False,
+        receive_bytes: int = 1 << 20,
+    ) -> None:  # fmt: skip
+        self.calls = 0  # receptions
+        self.datagrams = 0  # that came with them
+        self.send_calls = 0
+        self.unsent = 0  # datagrams that the system refused: as good as lost
+        self._buffer = memoryview(bytearray(1 << 16))
+        self.socket = sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            sock.setblocking(False)
+            here = socket.inet_aton(interface)
+            if group:
+                # Several ducks of one machine listen to the same group.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, here)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 1)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, int(loop))
+            # Nothing is ever cut by IP: a datagram that does not fit is an error, or lost.
+            sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
+            if group:
+                sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
+                member = socket.inet_aton(group) + here
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
+            self.receive_bytes = _grow(sock, receive_bytes)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 21)
+            self.sends_trains = _has(sock, _UDP_SEGMENT, 0)
+            self.receives_trains = _has(sock, _UDP_GRO, 1)
+        except OSError:
+            sock.close()
+            raise
+        self.address: Address = sock.getsockname()
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def send(self, train: bytes | memoryview, size: int, to: Address) -> None:
+        """Send datagrams that lie one behind the other, each `size` bytes long but the last.
+
+        What the system does not take counts as lost: whoever waits for it asks again.
+        """
+        view = memoryview(train)
+        if self.sends_trains and len(view) > size:
+            most = min(_TRAIN_DATAGRAMS, _TRAIN_BYTES // size) * size
+            control = [(_SOL_UDP, _UDP_SEGMENT, struct.pack("=H", size))]
+            while view:
+                part, view = view[:most], view[most:]
+                self.send_calls += 1
+                try:
+                    self.socket.sendmsg([part], control if len(part) > size else (), 0, to)
+                except OSError as error:
+                    if error.errno not in _NO_TRAINS:
+                        self.unsent += -(-len(part) // size)
+                        continue
+                    self.sends_trains = False
+                    self._send_singly(part, size, to)
+                    self._send_singly(view, size, to)
+                    return
+        else:
+            self._send_singly(view, size, to)
+
+    def _send_singly(self, view: memoryview, size: int, to: Address) -> None:
+        for start in range(0, len(view), size):
+            self.send_calls += 1
+            try:
+                self.socket.sendto(view[start : start + size], to)
+            except OSError:
+                self.unsent += 1
+
+    def drain(self) -> Iterator[tuple[memoryview, int, Address]]:
+        """What has arrived: (datagrams one behind the other, the size of each but the last, from).
+
+        The bytes are good until the next ones. When the system had more than one wake-up may take,
+        the reader is called again.
+        """
+        receive, into, room = self.socket.recvmsg_into, [self._buffer], 64
+        for _ in range(_DRAIN):
+            try:
+                count, control, flags, sender = receive(into, room)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                continue  # an ICMP message about something sent before: it was lost, no more
+            size = count
+            for level, kind, value in control:
+                if level == _SOL_UDP and kind == _UDP_GRO and len(value) >= 4:
+                    size = int.from_bytes(value[:4], "little")
+            self.calls += 1
+            self.datagrams += -(-count // size) if size else 1
+            if count and not flags & _TRUNCATED:
+                yield self._buffer[:count], size, sender
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def _has(sock: socket.socket, option: int, value: int) -> bool:
+    try:
+        sock.setsockopt(_SOL_UDP, option, value)
+    except OSError:
+        return False
+    return True
+
+
+def _grow(sock: socket.socket, wanted: int) -> int:
+    """Make the receive buffer as large as wanted, or as the system allows; what it is then."""
+    half = -(-wanted // 2)  # the kernel doubles what it is told
+    for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):  # the first is for root
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= wanted:
+            break
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, option, half)
+        except OSError:
+            continue
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+
+def too_small(found: int, needed: int) -> str:
+    """The words for a receive buffer that is too small, with the cure."""
+    return (
+        f"the system gives UDP sockets a receive buffer of {found} bytes, and {needed} are needed; "
+        f"run: sysctl -w net.core.rmem_max={-(-needed // 2)}"
+    )
+
+
+# --- interfaces
+
+_SIOCGIFCONF, _SIOCGIFFLAGS, _SIOCGIFMTU = 0x8912, 0x8913, 0x8921
+_IFF_UP, _IFF_LOOPBACK, _IFF_MULTICAST = 0x1, 0x8, 0x1000
+_IFREQ = struct.Struct("16s24x")
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """A network interface of this machine and one of its IPv4 addresses."""
+
+    name: str
+    address: str
+    mtu: int
+    up: bool
+    multicast: bool  # loopback carries it too, whatever its flags say
+
+
+def interfaces() -> list[Interface]:
+    """All interfaces with their IPv4 addresses; one that has several comes several times."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        room = array("B", bytes(256 * _IFREQ.size))
+        request = bytearray(struct.pack("iP", len(room), room.buffer_info()[0]))
+        fcntl.ioctl(sock, _SIOCGIFCONF, request)
+        used = struct.unpack_from("i", request)[0]
+        for start in range(0, used, _IFREQ.size):
+            name = room[start : start + 16].tobytes()
+            mtu = struct.unpack_from("i", _ioctl(sock, _SIOCGIFMTU, name), 16)[0]
+            flags = struct.unpack_from("H", _ioctl(sock, _SIOCGIFFLAGS, name), 16)[0]
+            found.append(
+                Interface(
+                    name.split(b"\0", 1)[0].decode(),
+                    socket.inet_ntoa(room[start + 20 : start + 24].tobytes()),
+                    mtu,
+                    bool(flags & _IFF_UP),
+                    bool(flags & (_IFF_MULTICAST | _IFF_LOOPBACK)),
+                )
+            )
+    return found
+
+
+def _ioctl(sock: socket.socket, what: int, name: bytes) -> bytes:
+    return fcntl.ioctl(sock, what, _IFREQ.pack(name.split(b"\0", 1)[0]))
+
+
+def interface_named(name: str) -> Interface:
+    """The interface that a user chose, fit for multicast.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot be used.
+    """
+    known = interfaces()
+    for found in known:
+        if found.name == name:
+            if not found.up:
+                raise ConfigError(f"interface {name} is down; run: ip link set {name} up")
+            if not found.multicast:
+                raise ConfigError(
+                    f"interface {name} has no multicast; choose another, or --transport tcp"
+                )
+            return found
+    names = ", ".join(dict.fromkeys(other.name for other in known))
+    raise ConfigError(f"no interface {name[:40]!r} with an IPv4 address here; there are {names}")
+
+
+def interface_with(address: str) -> Interface:
+    """The interface that has this address.
+
+    Raises:
+        TransportError: none has, or it cannot be used.
+    """
+    for found in interfaces():
+        if found.address == address:
+            if not found.multicast:
+                raise TransportError(
+                    f"interface {found.name} ({address}) has no multicast; use --transport tcp"
+                )
+            return found
+    raise TransportError(f"no interface has the IPv4 address {address}; use --transport tcp")

@@ -1,0 +1,910 @@
+"""UDP as a data plane: one multicast carries an ask to all ducks, answers come back by unicast.
+
+Every interface of the host that ducks are reached through (a `Nic`) has a socket and a group of its
+own. Ducks join the group of the interface that their control connection came by. What is lost is
+asked for again by `duck.reliable`; this module owns the sockets and the one timer, lays bytes into
+rows, and does what the two halves say. Answers of more than a few rows, their asks, and words of
+failure go over a TCP connection, as in tcp.py.
+
+At the start the host sends PINGs as large as the interface allows, to the group: a duck whose PONG
+of that size comes back is reached in both directions. Otherwise all use 1,500 bytes, and a duck
+that does not hear those either is refused by name. From then on a PING every tick is a sign of life
+that does not wait for TCP to send again.
+
+Datagrams from anybody but the agreed addresses, of other sessions, or that make no sense are
+dropped and counted. No sum contains a row whose message failed its check.
+
+With a cluster key every message is sealed as a whole (sealed.py) before it is cut, and opened when
+all of it is there: a forged datagram can spoil a message, which then comes again, and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import ipaddress
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import structlog
+
+from duck import wire
+from duck.config import Network, group_address
+from duck.errors import ConfigError, DuckError, TransportError, WireError
+from duck.reliable import EVERYONE, Cut, DuckHalf, HostHalf, Lost, Run, Send
+from duck.seal import Opener, Sealer, overhead
+from duck.transports.base import SMALL_ROWS, Ask
+from duck.transports.control import FlockTransport, Welcome
+from duck.transports.datagrams import (
+    Address,
+    Interface,
+    UdpSocket,
+    buffer_bytes,
+    interface_named,
+    interface_with,
+    too_small,
+)
+from duck.transports.link import Link
+from duck.transports.listen import HostSession
+from duck.transports.sealed import open_message, sealed_message
+from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
+
+if TYPE_CHECKING:
+    from duck.transports.tls import Credentials
+
+_log = structlog.get_logger(__name__)
+
+# Event loops may have a clock that counts milliseconds (uvloop): too coarse for the times of a LAN.
+_clock = time.perf_counter
+
+# Every network carries these.
+_ETHERNET_MTU = 1500
+# How long a duck may take to answer PINGs of a size before a smaller one is tried, or it is
+# refused: switches take a moment to learn who has joined a group.
+_TRY_S, _LAST_TRY_S = 0.5, 4.0
+_PING_S = 0.02  # between the first two PINGs; then twice as long, and so on
+# What a host says in a single datagram.
+_FROM_HOST = frozenset({wire.Kind.PING, wire.Kind.NACK, wire.Kind.CANCEL})
+# Room in the receive buffer: so many times the most that one ask makes arrive at once.
+_ROOM = 4
+
+
+# --- the host's end
+
+
+class Nic:
+    """One interface of the host: its socket, its group, and the ducks behind it.
+
+    Args:
+        interface: which.
+        group: GROUP or GROUP:PORT; "": one is drawn.
+        receive_bytes: for the receive buffer.
+
+    Raises:
+        TransportError: the system refuses, or gives too small a buffer.
+    """
+
+    def __init__(self, interface: Interface, group: str, receive_bytes: int) -> None:
+        here = interface.address
+        try:
+            # Looped back, because ducks may run on this very machine.
+            self.socket = UdpSocket(
+                (here, 0), interface=here, loop=True, receive_bytes=receive_bytes
+            )
+        except OSError as error:
+            raise TransportError(
+                f"no UDP on interface {interface.name} ({here}): {error.strerror}"
+            ) from error
+        if (found := self.socket.receive_bytes) < receive_bytes:
+            self.socket.close()
+            raise TransportError(too_small(found, receive_bytes))
+        # A group of the local scope (RFC 2365) that is unlikely to be anybody else's. The port is
+        # ours on this address, so no other host on this machine has both.
+        low = secrets.randbits(16)
+        where, port = group_address(group or f"239.255.{low >> 8}.{low & 255}")
+        self.group: Address = (where, port or self.socket.address[1])
+        self.interface = interface
+        self.ducks: list[int] = []
+
+
+class MulticastPlane:
+    """A `control.Plane`: the host's end.
+
+    Args:
+        network: which interfaces, groups and packets to use.
+
+    Raises:
+        ConfigError: an interface that cannot be used.
+    """
+
+    name = "multicast"
+
+    def __init__(self, network: Network | None = None) -> None:
+        network = network or Network()
+        self._nics: dict[str, Nic] = {}  # by the interface's address
+        groups = network.groups or ("",) * len(network.interfaces)
+        pairs = zip(network.interfaces, groups, strict=True)
+        self._chosen = {(nic := interface_named(name)).address: (nic, at) for name, at in pairs}
+        self._mtu = network.mtu
+        self._tcp = TcpPlane()
+        self._closed = False
+
+    def start(self, flock: FlockTransport) -> None:
+        self._flock = flock
+        self._tcp.start(flock)
+        self._loop = asyncio.get_running_loop()
+        plan = flock.plan
+        self._small = min(SMALL_ROWS, plan.shape.max_rows)
+        self._cut = Cut.for_mtu(self._mtu or _ETHERNET_MTU)
+        self._half = HostHalf(plan.ducks, self._cut)
+        self._ducks: dict[Address, int] = {}
+        self._addresses: dict[int, Address] = {}
+        self._nic_of: dict[int, Nic] = {}
+        self._trains: dict[int, tuple[bytes, int]] = {}  # ticket -> its datagrams, its layer
+        # With a key: what seals all that is for every duck, and NACKs for one; what opens answers.
+        self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
+        self._sealers: dict[int, Sealer] = {}
+        self._openers: dict[int, Opener] = {}
+        self._tag_bytes = overhead(wire.Kind.ANSWER) if flock.keys else 0
+        # Sealed answers are put together here: for each open ask a place for each duck's.
+        self._arriving: dict[int, memoryview] = {}
+        self._spare: list[memoryview] = []
+        self._heard = [0] * plan.ducks
+        self._agreed: asyncio.Future[None] = self._loop.create_future()
+        self._pinged: dict[int, float] = {}  # numbers of the last PINGs, and when they were sent
+        self._pongs: set[tuple[int, int]] = set()  # (number, duck), while sizes are tried
+        self._ponged = asyncio.Event()
+        self._next_ping = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = 0.0  # when it does; uvloop's handles do not always know
+        self.strangers = 0  # datagrams from unknown addresses
+        self.malformed = 0  # datagrams that make no sense
+
+    # connecting
+
+    def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
+        """Where to listen, and where the answers go."""
+        nic = self._nic(duck, link)
+        self._nic_of[duck] = nic
+        nic.ducks.append(duck)
+        return {
+            "group": nic.group[0],
+            "port": nic.group[1],
+            "answers": nic.socket.address[1],
+        }
+
+    def _nic(self, duck: int, link: Link) -> Nic:
+        """The interface that this duck is reached through, with its socket."""
+        here = ipv4(link.transport.get_extra_info("sockname"))
+        label = self._flock.labels[duck]
+        if here is None:
+            raise TransportError(f"multicast needs IPv4, and {label} has another address")
+        if nic := self._nics.get(here):
+            return nic
+        if here in self._chosen:
+            interface, group = self._chosen[here]
+        elif self._chosen:
+            chosen = ", ".join(interface.name for interface, _ in self._chosen.values())
+            raise TransportError(
+                f"{label} is reached through {here}, which is not on {chosen}; "
+                "add its interface to [host] interface"
+            )
+        else:
+            interface, group = interface_with(here), ""
+        nic = self._nics[here] = Nic(interface, group, self._receive_bytes())
+        self._loop.add_reader(nic.socket, self._readable, nic)
+        return nic
+
+    def _receive_bytes(self) -> int:
+        """Room for what all ducks send at once: the answers of one small ask, several times."""
+        shape = self._flock.plan.shape
+        message = wire.STAMP_BYTES + shape.answer_bytes(self._small)
+        return _ROOM * self._flock.plan.ducks * _message_room(message)
+
+    async def connect(self, duck: int, welcome: Welcome) -> None:
+        """Open the duck's TCP connection, and once all ducks are there, try the network."""
+        await self._tcp.connect(duck, welcome)
+        port = wire.field(welcome.plane, "port", int)
+        there = ipv4(welcome.link.transport.get_extra_info("peername"))
+        if not 0 < port < 65536 or there is None:
+            raise WireError(f"{self._flock.labels[duck]} answered with UDP port {port}")
+        address = (there, port)
+        if address in self._ducks:
+            raise WireError(f"{self._flock.labels[duck]} has the UDP port of another duck")
+        if keys := self._flock.keys:
+            self._sealers[duck] = Sealer(keys.to_duck(self.name, duck, welcome.nonce))
+            self._openers[duck] = Opener(keys.to_host(self.name, duck, welcome.nonce))
+        self._ducks[address] = duck
+        self._addresses[duck] = address
+        if len(self._ducks) == self._flock.plan.ducks:
+            await self._agree()
+            self._agreed.set_result(None)
+        else:
+            await self._agreed
+
+    async def _agree(self) -> None:
+        """Find the largest datagrams that every duck gets and sends; tell them the cut."""
+        mtu = self._mtu or min(nic.interface.mtu for nic in self._nics.values())
+        tries = [Cut.for_mtu(mtu)]
+        if self._mtu is None and mtu > _ETHERNET_MTU:
+            tries.append(Cut.for_mtu(_ETHERNET_MTU))
+        silent: set[int] = set()
+        for cut in tries:
+            last = cut is tries[-1]
+            silent = await self._reach(cut, 0, _LAST_TRY_S if last else _TRY_S)
+            if not silent:
+                silent = await self._reach(cut, cut.payload_bytes, _LAST_TRY_S)
+            if not silent:
+                self._cut = cut
+                self._half = HostHalf(self._flock.plan.ducks, cut)
+                return
+        duck = min(silent)
+        nic = self._nic_of[duck]
+        raise TransportError(
+            f"{self._flock.labels[duck]} answers on TCP, but no datagram of "
+            f"{tries[-1].datagram_bytes} bytes went to group {nic.group[0]} on "
+            f"{nic.interface.name} and back in {_LAST_TRY_S:.0f} s: let UDP pass the firewalls and "
+            "multicast pass the switches, or use --transport tcp"
+        )
+
+    async def _reach(self, cut: Cut, use: int, patience_s: float) -> set[int]:
+        """PING all ducks with datagrams of this size until each has answered; who has not."""
+        silent = set(self._addresses)
+        give_up = _clock() + patience_s
+        wait_s = _PING_S
+        numbers: set[int] = set()
+        while silent and (left := give_up - _clock()) > 0:
+            for nic in self._nics.values():
+                behind = silent.intersection(nic.ducks)
+                # To all at first; then by name, so that nobody answers twice.
+                for duck in [wire.HOST] if len(behind) == len(nic.ducks) else behind:
+                    numbers.add(self._ping(nic, duck, use, cut.payload_bytes))
+            next_try = _clock() + min(wait_s, left)
+            wait_s *= 2
+            while silent and (left := next_try - _clock()) > 0:
+                self._ponged.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._ponged.wait()
+                silent -= {duck for number, duck in self._pongs if number in numbers}
+        self._pongs.clear()
+        return silent
+
+    def _ping(self, nic: Nic, duck: int, use: int, size: int) -> int:
+        """PING one duck or all (`wire.HOST`) behind an interface; the PING's number.
+
+        size: of the datagram's payload.
+        """
+        self._next_ping = number = (self._next_ping + 1) & 0xFFFFFFFF
+        self._pinged[number] = _clock()
+        if len(self._pinged) > 1024:
+            del self._pinged[next(iter(self._pinged))]
+        if self._sealer:
+            size -= overhead(wire.Kind.PING)
+        ping = wire.pack_ping(duck, use, size)
+        self._note(nic, nic.group, wire.Kind.PING, number, 0, ping, self._sealer)
+        return number
+
+    def _note(
+        self,
+        nic: Nic,
+        to: Address,
+        kind: wire.Kind,
+        ticket: int,
+        layer: int,
+        payload: bytes,
+        sealer: Sealer | None,
+    ) -> None:
+        """One small message in one datagram."""
+        session = self._flock.session
+        data = note(sealer, kind, session, ticket, layer, wire.HOST, payload)
+        nic.socket.send(data, len(data), to)
+
+    # asks
+
+    def send(self, ask: Ask, body: bytes) -> None:
+        if ask.count > self._small:
+            self._tcp.send(ask, body)
+            return
+        cut, session, kind = self._cut, self._flock.session, wire.Kind.ASK
+        message = sealed(self._sealer, kind, session, ask.ticket, ask.layer, wire.HOST, body)
+        train = wire.datagrams(
+            kind, session, ask.ticket, ask.layer, wire.HOST, message, cut.payload_bytes
+        )
+        self._trains[ask.ticket] = (train, ask.layer)
+        for nic in self._nics.values():
+            nic.socket.send(train, cut.datagram_bytes, nic.group)
+        answer = self._answer_bytes(ask.count)
+        self._half.open(ask.ticket, ask.layer, len(message), answer, _clock())
+        self._arm()
+
+    def _answer_bytes(self, rows: int) -> int:
+        """Of one duck's answer, as it travels."""
+        shape = self._flock.plan.shape
+        return wire.STAMP_BYTES + shape.answer_bytes(rows) + self._tag_bytes
+
+    def cancel(self, ask: Ask) -> None:
+        if ask.count > self._small:
+            self._tcp.cancel(ask)
+            return
+        self._close_ask(ask.ticket)
+        for nic in self._nics.values():
+            self._note(nic, nic.group, wire.Kind.CANCEL, ask.ticket, ask.layer, b"", self._sealer)
+
+    def _close_ask(self, ticket: int) -> None:
+        self._half.close(ticket)
+        self._trains.pop(ticket, None)
+        if (memory := self._arriving.pop(ticket, None)) is not None:
+            self._spare.append(memory)
+
+    # receiving
+
+    def _readable(self, nic: Nic) -> None:
+        now = _clock()
+        for train, size, sender in nic.socket.drain():
+            duck = self._ducks.get(sender)
+            if duck is None:
+                self.strangers += 1
+                continue
+            try:
+                self._received(duck, train, size, now)
+            except WireError:
+                self.malformed += 1
+        self._do(self._half.settle(now))
+        self._arm()
+
+    def _received(self, duck: int, train: memoryview, size: int, now: float) -> None:
+        for run, data in runs(train, size):
+            head = run.header
+            if head.session != self._flock.session or head.source != duck:
+                raise WireError(f"a datagram of session {head.session:#x}, duck {head.source}")
+            if head.kind == wire.Kind.ANSWER:
+                self._answer(duck, run, data, size, now)
+                continue
+            payload = note_payload(head, data, self._openers.get(duck))
+            self._heard[duck] += 1
+            if head.kind == wire.Kind.RNACK:
+                self._half.rnack(duck, head, payload, now)
+            elif head.kind == wire.Kind.PONG:
+                sent_at = self._pinged.get(head.ticket)
+                if sent_at is not None:
+                    self._half.echoed(duck, now - sent_at)
+                if not self._agreed.done():
+                    self._pongs.add((head.ticket, duck))
+                    self._ponged.set()
+            else:
+                raise WireError(f"a duck sent {head.kind.name}")
+
+    def _answer(self, duck: int, run: Run, data: memoryview, size: int, now: float) -> None:
+        head = run.header
+        if not self._half.answer(duck, run, now):
+            return
+        ask = self._flock.asks.open_asks.get(head.ticket)
+        if ask is None:  # it ended without an answer
+            self._close_ask(head.ticket)
+            return
+        row = ask.rows.landing[duck]
+        place = row if self._sealer is None else self._place(ask, duck)
+        lay(data, size, place, run)
+        if not self._half.whole(duck, head.ticket):
+            return
+        if not verified(self._openers.get(duck), head, place[: head.message_bytes], row):
+            self._half.failed(duck, head.ticket, now)
+            return
+        self._heard[duck] += 1
+        self._flock.asks.arrived_whole(ask, duck)
+        if ask.ticket not in self._flock.asks.open_asks:
+            self._close_ask(ask.ticket)
+
+    def _place(self, ask: Ask, duck: int) -> memoryview:
+        """Where a duck's sealed answer to a small ask is put together."""
+        largest = self._answer_bytes(self._small)
+        memory = self._arriving.get(ask.ticket)
+        if memory is None:
+            ducks = self._flock.plan.ducks
+            memory = self._spare.pop() if self._spare else memoryview(bytearray(ducks * largest))
+            self._arriving[ask.ticket] = memory
+        return memory[duck * largest : (duck + 1) * largest]
+
+    def _do(self, sends: Sequence[Send | Lost]) -> None:
+        for send in sends:
+            if isinstance(send, Lost):
+                self._flock.asks.lose(
+                    send.duck,
+                    "it gave no sign by UDP for long, though its TCP connection lives: "
+                    "is UDP blocked on the way?",
+                )
+                continue
+            held = self._trains.get(send.ticket)
+            if held is None:
+                continue
+            train, layer = held
+            if send.kind == wire.Kind.ASK:
+                nics = (
+                    list(self._nics.values())
+                    if send.duck == EVERYONE
+                    else [self._nic_of[send.duck]]
+                )
+                for nic in nics:
+                    to = nic.group if send.duck == EVERYONE else self._addresses[send.duck]
+                    for part in parts(train, self._cut.datagram_bytes, send.fragments or 0):
+                        nic.socket.send(part, self._cut.datagram_bytes, to)
+            else:
+                ask = self._flock.asks.open_asks.get(send.ticket)
+                if ask is None:
+                    continue
+                fragments = self._cut.fragments(self._answer_bytes(ask.count))
+                payload = wire.pack_missing(send.fragments or 0, fragments)
+                self._note(
+                    self._nic_of[send.duck], self._addresses[send.duck], send.kind, send.ticket,
+                    layer, payload, self._sealers.get(send.duck),
+                )  # fmt: skip
+
+    # time
+
+    def _arm(self) -> None:
+        """See to it that `_wake` is called when the half has something to say."""
+        wake_at = self._half.wake_at
+        if self._closed or wake_at == math.inf:
+            return
+        if self._timer is not None:
+            if self._wakes_at <= wake_at:
+                return
+            self._timer.cancel()
+        # Event loops count in milliseconds: a shorter wait would turn without pause.
+        now = _clock()
+        self._wakes_at = max(wake_at, now + 1e-3)
+        self._timer = self._loop.call_later(self._wakes_at - now, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        for nic in self._nics.values():  # what lies in the socket already is not late
+            self._readable(nic)
+        for ticket in self._half.tickets:
+            if ticket not in self._flock.asks.open_asks:  # it ended without all its answers
+                self._close_ask(ticket)
+        self._do(self._half.due(_clock()))
+        self._arm()
+
+    def tick(self) -> None:
+        for nic in self._nics.values():
+            self._ping(nic, wire.HOST, self._cut.payload_bytes, wire.PING_BYTES)
+
+    def heard(self, duck: int) -> int:
+        return self._tcp.heard(duck) + self._heard[duck]
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters as `reliable.Counts`, and those of all sockets together."""
+        counts: dict[str, float] = dict(self._half.counts.to_dict())
+        counts["late_answers"] += self._tcp.stats()["late_answers"]
+        sockets = [nic.socket for nic in self._nics.values()]
+        for name in ("calls", "datagrams", "send_calls", "unsent"):
+            counts[name] = sum(getattr(sock, name) for sock in sockets)
+        return {
+            **counts,
+            "strangers": self.strangers,
+            "malformed": self.malformed,
+            "payload_bytes": self._cut.payload_bytes,
+            "sends_trains": all(sock.sends_trains for sock in sockets),
+            "receives_trains": all(sock.receives_trains for sock in sockets),
+        }
+
+    def close(self) -> None:
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._agreed.done():
+            self._agreed.cancel()
+        for nic in self._nics.values():
+            self._loop.remove_reader(nic.socket)
+            nic.socket.close()
+        self._tcp.close()
+
+
+class MulticastTransport(FlockTransport):
+    """The host's end for ducks at known addresses, with asks by multicast."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        labels: Sequence[str] | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
+        supply: Callable[[int, int], Iterator[memoryview]] | None = None,
+        credentials: Credentials | None = None,
+        *,
+        network: Network | None = None,
+    ) -> None:
+        plane = MulticastPlane(network)
+        super().__init__(addresses, plane, labels, progress, supply, credentials)
+
+
+# --- the duck's end
+
+
+class MulticastDuckPlane:
+    """A `listen.DuckPlane`; its sessions have TCP connections too, which are `tcp`'s to greet."""
+
+    name = "multicast"
+    greeting = ""
+
+    def __init__(self, tcp: TcpDuckPlane) -> None:
+        self._tcp = tcp
+
+    def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
+        where = _Where.of(session, offer)
+        return MulticastFeed(session, self._tcp.open(session, {}), where)
+
+    def greet(self, link: Link, message: Mapping[str, Any]) -> None:
+        raise WireError("no connection begins like that")
+
+
+class _Where(NamedTuple):
+    """The addresses of one session."""
+
+    here: str  # of this duck, as its host reaches it
+    host: Address  # where asks come from and answers go
+    group: Address
+
+    @classmethod
+    def of(cls, session: HostSession, offer: Mapping[str, Any]) -> _Where:
+        """Those that a host offers. Its own address is the one that it connected from.
+
+        Raises:
+            WireError: they make no sense.
+        """
+        named = {"t": "HELLO", **offer}
+        group, port = wire.field(named, "group", str), wire.field(named, "port", int)
+        answers = wire.field(named, "answers", int)
+        try:
+            group_address(f"{group}:{port}")
+        except ConfigError as error:
+            raise WireError(f"HELLO: {error}") from None
+        if not 0 < answers < 65536:
+            raise WireError(f"HELLO: UDP port {answers}")
+        transport = session.control.transport
+        here = ipv4(transport.get_extra_info("sockname"))
+        host = ipv4(transport.get_extra_info("peername"))
+        if here is None or host is None:
+            raise WireError("multicast needs IPv4: give this duck's IPv4 address")
+        return cls(here, (host, answers), (group, port))
+
+
+class MulticastFeed:
+    """A `listen.Feed`: one host's asks from its group, and answers back to its socket."""
+
+    def __init__(self, session: HostSession, tcp: TcpFeed, where: _Where) -> None:
+        self.strangers = 0  # datagrams from others than the host
+        self.malformed = 0  # datagrams that make no sense
+        self._session, self._tcp, self._where = session, tcp, where
+        self._loop = asyncio.get_running_loop()
+        self._small = min(SMALL_ROWS, session.plan.shape.max_rows)
+        self._half: DuckHalf | None = None  # once the host has said how messages are cut
+        self._cut = Cut.for_mtu(_ETHERNET_MTU)
+        self._kept: dict[int, tuple[bytes, int]] = {}  # ticket -> the answer's datagrams, its layer
+        self._sockets: list[UdpSocket] = []
+        # Answers are sealed in the worker's thread, notes in the loop's: kinds of their own.
+        self._sealer: Sealer | None = None
+        self._openers: dict[wire.Kind, Opener] = {}
+        if keys := session.keys:
+            name, duck = MulticastDuckPlane.name, session.duck
+            self._sealer = Sealer(keys.to_host(name, duck, session.nonce))
+            to_all, to_us = (
+                Opener(keys.to_all(name)),
+                Opener(keys.to_duck(name, duck, session.nonce)),
+            )
+            kinds = wire.Kind
+            self._openers = {
+                kinds.ASK: to_all, kinds.CANCEL: to_all, kinds.PING: to_all, kinds.NACK: to_us,
+            }  # fmt: skip
+
+    def welcome(self) -> Mapping[str, Any]:
+        """Join the group.
+
+        Raises:
+            ConfigError: the system refuses, or gives too small a buffer.
+        """
+        here, _, group = self._where
+        needed = _ROOM * _message_room(self._session.plan.shape.ask_bytes(self._small))
+        try:
+            for address, joined in (((here, 0), ""), (group, group[0])):
+                self._sockets.append(
+                    UdpSocket(address, interface=here, group=joined, receive_bytes=needed)
+                )
+        except OSError as error:
+            raise ConfigError(
+                f"cannot join group {group[0]} port {group[1]} on {here}: {error.strerror}"
+            ) from error
+        for sock in self._sockets:
+            if sock.receive_bytes < needed:
+                raise ConfigError(f"on this duck {too_small(sock.receive_bytes, needed)}")
+            self._loop.add_reader(sock, self._readable, sock)
+        return {**self._tcp.welcome(), "port": self._sockets[0].address[1]}
+
+    def close(self) -> None:
+        self._tcp.close()
+        for sock in self._sockets:
+            self._loop.remove_reader(sock)
+            sock.close()
+        if self._half:
+            counts = {name: n for name, n in self._half.counts.to_dict().items() if n}
+            _log.info(
+                "multicast_ended", session=self._session.id, strangers=self.strangers,
+                malformed=self.malformed, **counts,
+            )  # fmt: skip
+        self._sockets.clear()
+
+    # receiving
+
+    def _readable(self, sock: UdpSocket) -> None:
+        now = _clock()
+        for train, size, sender in sock.drain():
+            if sender != self._where.host:
+                self.strangers += 1
+                continue
+            try:
+                self._received(train, size, now)
+            except WireError:
+                self.malformed += 1
+        if self._half:
+            for layer, send in self._half.settle(now):
+                self._do(layer, send)
+
+    def _received(self, train: memoryview, size: int, now: float) -> None:
+        for run, data in runs(train, size):
+            head = run.header
+            if head.session != self._session.id or head.source != wire.HOST:
+                raise WireError(f"a datagram of session {head.session:#x}, from {head.source}")
+            if head.kind == wire.Kind.ASK:
+                if self._half:
+                    self._ask(self._half, run, data, size, now)
+                continue
+            if head.kind not in _FROM_HOST:
+                raise WireError(f"a host sent {head.kind.name}")
+            payload = note_payload(head, data, self._openers.get(head.kind))
+            if head.kind == wire.Kind.PING:
+                self._ping(head, payload)
+            elif self._half is None:
+                continue
+            elif head.kind == wire.Kind.NACK:
+                send = self._half.nack(head, payload, now)
+                if send:
+                    self._do(head.layer, send)
+            else:
+                self._half.cancel(head.ticket)
+                self._session.cancel(head.ticket)
+
+    def _ask(self, half: DuckHalf, run: Run, data: memoryview, size: int, now: float) -> None:
+        head = run.header
+        place = half.ask(run, now)
+        if place is None:
+            return
+        lay(data, size, place, run)
+        message = half.take(head.ticket)
+        if message is None:
+            return
+        body = message
+        opener = self._openers.get(head.kind)
+        if opener:
+            body = memoryview(bytearray(len(message) - overhead(head.kind)))
+        if not verified(opener, head, message, body):
+            half.failed(head)
+            return
+        self._session.check(head.layer, len(body))
+        half.took(head)
+        try:
+            self._session.ask(head.ticket, head.layer, body)
+        except WireError:
+            half.cancel(head.ticket)
+            raise
+
+    def _ping(self, head: wire.Header, payload: bytes) -> None:
+        duck, use = wire.unpack_ping(payload)
+        if duck not in (wire.HOST, self._session.duck):
+            return
+        if use and self._half is None:
+            plan = self._session.plan
+            more = overhead(wire.Kind.ASK) if self._sealer else 0
+            sizes = {plan.shape.ask_bytes(rows) + more for rows in range(1, self._small + 1)}
+            self._cut = Cut.agreed(use)
+            self._half = DuckHalf(self._cut, sizes, frozenset(plan.layers))
+        elif use and use != self._cut.payload_bytes:
+            raise WireError(f"datagrams of {use} bytes, {self._cut.payload_bytes} were agreed")
+        self._note(wire.Kind.PONG, head.ticket, 0, payload)
+
+    # sending
+
+    def answer(
+        self, ticket: int, layer: int, answer: np.ndarray | DuckError, stamps: bytes
+    ) -> None:
+        """In the worker's thread: make an answer's datagrams and hand them to the loop."""
+        if isinstance(answer, DuckError) or len(answer) > self._small:
+            self._tcp.answer(ticket, layer, answer, stamps)
+            return
+        kind, session, duck = wire.Kind.ANSWER, self._session.id, self._session.duck
+        body = stamps + answer.tobytes()
+        try:
+            message = sealed(self._sealer, kind, session, ticket, layer, duck, body)
+        except TransportError as error:  # answered twice: no bug may end the thread, or be sealed
+            self._loop.call_soon_threadsafe(self._session.refuse, str(error))
+            return
+        train = wire.datagrams(kind, session, ticket, layer, duck, message, self._cut.payload_bytes)
+        with contextlib.suppress(RuntimeError):  # the loop ended while we computed
+            self._loop.call_soon_threadsafe(self._answered, ticket, layer, train, len(message))
+
+    def _answered(self, ticket: int, layer: int, train: bytes, nbytes: int) -> None:
+        if not self._sockets or self._half is None:
+            return
+        self._sockets[0].send(train, self._cut.datagram_bytes, self._where.host)
+        self._kept[ticket] = (train, layer)
+        for gone in self._half.answered(ticket, nbytes):
+            self._kept.pop(gone, None)
+
+    def _do(self, layer: int, send: Send) -> None:
+        assert self._half is not None
+        if send.kind == wire.Kind.ANSWER:
+            train, _ = self._kept[send.ticket]
+            size = self._cut.datagram_bytes
+            for part in parts(train, size, send.fragments or 0):
+                self._sockets[0].send(part, size, self._where.host)
+            return
+        payload = b""
+        if send.fragments is not None:
+            payload = wire.pack_missing(send.fragments, self._half.ask_fragments(send.ticket))
+        self._note(wire.Kind.RNACK, send.ticket, layer, payload)
+
+    def _note(self, kind: wire.Kind, ticket: int, layer: int, payload: bytes) -> None:
+        """One small message in one datagram."""
+        session = self._session
+        data = note(self._sealer, kind, session.id, ticket, layer, session.duck, payload)
+        self._sockets[0].send(data, len(data), self._where.host)
+
+
+# --- both ends
+
+
+def ipv4(address: Sequence[Any] | None) -> str | None:
+    """The IPv4 address of a connection's end; None if it has none."""
+    if not address:
+        return None
+    try:
+        found = ipaddress.ip_address(address[0])
+    except ValueError:
+        return None
+    if isinstance(found, ipaddress.IPv6Address):
+        mapped = found.ipv4_mapped
+        return str(mapped) if mapped else None
+    return str(found)
+
+
+def _message_room(message_bytes: int) -> int:
+    """What a message takes in a receive buffer, as small or as large datagrams."""
+    cuts = [Cut.for_mtu(_ETHERNET_MTU), Cut.for_mtu(1 << 16)]
+    return max(buffer_bytes(c.fragments(message_bytes), c.datagram_bytes) for c in cuts)
+
+
+# In a message's train each header is the one before it with the next fragment and offset.
+_WORDS = wire.HEADER_BYTES // 4
+
+
+@functools.lru_cache(maxsize=16)
+def _steps(payload_bytes: int) -> np.ndarray:
+    """What every header of a train has more than the first, as 32-bit words."""
+    numbers = np.arange(65, dtype=np.uint32)
+    steps = np.zeros((65, _WORDS), np.uint32)
+    steps[:, 4] = numbers  # fragment: the lower half of the word, and it never overflows
+    steps[:, 6] = numbers * payload_bytes
+    return steps
+
+
+def runs(train: memoryview, size: int) -> Iterator[tuple[Run, memoryview]]:
+    """Datagrams that came as one train, by messages: the fragments, and their datagrams.
+
+    train: each datagram is `size` bytes long but the last.
+
+    Raises:
+        WireError: from the first one on that is no header of ours, the rest is dropped.
+    """
+    while train:
+        head = wire.unpack_header(train)
+        fragments = 1
+        if head.fragments > 1 and len(train) >= size + wire.HEADER_BYTES and not size % 4:
+            most = 1 + (len(train) - wire.HEADER_BYTES) // size
+            most = min(most, head.fragments - head.fragment, 65)
+            words = np.ndarray((most, _WORDS), "<u4", train, strides=(size, 4))
+            same = words == words[0] + _steps(size - wire.HEADER_BYTES)[:most]
+            fragments = most if same.all() else int(same.all(axis=1).argmin())
+        data, train = train[: fragments * size], train[fragments * size :]
+        yield Run(head, fragments, len(data) - fragments * wire.HEADER_BYTES), data
+
+
+def lay(data: memoryview, size: int, place: memoryview, run: Run) -> None:
+    """Copy a run's payloads to where they belong in their message, which has room for them."""
+    head, at, full = wire.HEADER_BYTES, run.header.offset, run.fragments - 1
+    payload = size - head
+    if full:
+        rows = np.frombuffer(data, np.uint8, full * size).reshape(full, size)[:, head:]
+        np.frombuffer(place, np.uint8, full * payload, at).reshape(full, payload)[:] = rows
+        at += full * payload
+    place[at : at + run.size - full * payload] = data[full * size + head :]
+
+
+def parts(train: bytes, size: int, fragments: int) -> Iterator[memoryview]:
+    """The datagrams of a message whose bits are set, neighbours together."""
+    view = memoryview(train)
+    start = 0
+    while fragments:
+        gap = (fragments & -fragments).bit_length() - 1
+        fragments >>= gap
+        count = (~fragments & fragments + 1).bit_length() - 1
+        fragments >>= count
+        start += gap
+        yield view[start * size : (start + count) * size]
+        start += count
+
+
+def sealed(
+    sealer: Sealer | None,
+    kind: wire.Kind,
+    session: int,
+    ticket: int,
+    layer: int,
+    source: int,
+    body: bytes,
+) -> bytes | bytearray:
+    """A message as it travels: sealed if there is a key.
+
+    Raises:
+        TransportError: its ticket was sealed before.
+    """
+    if sealer is None:
+        return body
+    return sealed_message(sealer, kind, session, ticket, layer, source, body)
+
+
+def verified(
+    opener: Opener | None, header: wire.Header, message: memoryview, out: memoryview
+) -> bool:
+    """Whether a message is the one that was sent; if it was sealed, its body is in `out` then."""
+    if opener is None:
+        return wire.check_message(header, message)
+    try:
+        open_message(opener, header, message, out)
+    except WireError:
+        return False
+    return True
+
+
+def note(
+    sealer: Sealer | None,
+    kind: wire.Kind,
+    session: int,
+    ticket: int,
+    layer: int,
+    source: int,
+    payload: bytes,
+) -> bytes:
+    """A message in a single datagram."""
+    message = sealed(sealer, kind, session, ticket, layer, source, payload)
+    return wire.pack_header(kind, session, ticket, layer, source, payload=message) + message
+
+
+def note_payload(header: wire.Header, data: memoryview, opener: Opener | None) -> bytes:
+    """What a message in a single datagram holds.
+
+    Raises:
+        WireError: it is more than one, failed its checksum, or is not authentic.
+    """
+    payload = bytes(data[wire.HEADER_BYTES :])
+    if header.fragments != 1 or header.message_bytes != len(payload) or header.offset:
+        raise WireError(f"{header.kind.name} in {header.fragments} fragments")
+    if not wire.check_crc(data[: wire.HEADER_BYTES], payload):
+        raise WireError(f"{header.kind.name} failed its checksum")
+    if opener is None:
+        return payload
+    out = bytearray(len(payload))
+    return bytes(out[: open_message(opener, header, payload, out)])

@@ -1,0 +1,289 @@
+"""Multicast with a key, and somebody who can put any datagram into any socket under any sender's
+name: sums stay right, nothing is computed twice, and what is forged or played again is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from duck import wire
+from duck.config import Network
+from duck.transports.base import Ask
+from duck.transports.datagrams import Address, UdpSocket
+from duck.transports.listen import ListeningDuck
+from duck.transports.multicast import MulticastTransport
+from duck.transports.tls import Credentials, Role
+from duck.wire import Kind
+from tests.flocks import KEY, WAIT_S, FakeDuck, listening, plan_for
+
+# Asks and answers of three datagrams and more.
+HIDDEN = 1024
+PLAN = plan_for(1, hidden=HIDDEN)
+HOST = Credentials(KEY, Role.HOST)
+
+
+class Ether:
+    """Between a socket and who reads it: sees every datagram, and says which are read instead.
+
+    change: gets a datagram and returns those to be read in its place. extra: what is read besides,
+    under the name of who was heard last.
+    """
+
+    def __init__(self, sock: UdpSocket) -> None:
+        self.seen: list[bytes] = []
+        self.change: Callable[[bytes], list[bytes]] = lambda datagram: [datagram]
+        self.extra: list[bytes] = []
+        self.sender: Address = ("", 0)
+        self._drain = sock.drain
+        sock.drain = self._changed  # type: ignore[method-assign]
+
+    def _changed(self) -> Iterator[tuple[memoryview, int, Address]]:
+        extra, self.extra = self.extra, []
+        for datagram in extra:
+            yield memoryview(datagram), len(datagram), self.sender
+        for train, size, sender in self._drain():
+            self.sender = sender
+            for start in range(0, len(train), size):
+                datagram = bytes(train[start : start + size])
+                self.seen.append(datagram)
+                for each in self.change(datagram):
+                    yield memoryview(each), len(each), sender
+
+    def of(self, kind: Kind) -> list[bytes]:
+        return [data for data in self.seen if wire.unpack_header(data).kind == kind]
+
+
+class Pond:
+    """A host and a duck by multicast, and the ether at both ends."""
+
+    def __init__(
+        self, transport: MulticastTransport, end: ListeningDuck, handler: FakeDuck
+    ) -> None:
+        self.transport, self.end, self.handler = transport, end, handler
+        self.plane: Any = transport.plane
+        (nic,) = self.plane._nics.values()
+        (session,) = end._sessions.values()
+        self.feed: Any = session.feed
+        self.at_host = Ether(nic.socket)
+        unicast, group = self.feed._sockets
+        self.at_duck, self.at_group = Ether(unicast), Ether(group)
+
+    @property
+    def corrupt(self) -> int:
+        """Messages that failed their check, at either end."""
+        return int(self.plane._half.counts.corrupt + self.feed._half.counts.corrupt)
+
+    async def ask(self, layer: int) -> Ask:
+        rows = await self.transport.acquire(1)
+        x, ids = np.ones((1, HIDDEN), np.float32), np.zeros((1, 2), np.int32)
+        deadline = asyncio.get_running_loop().time() + WAIT_S
+        return self.transport.ask(layer, x, ids, ids.astype(np.float32), rows, deadline=deadline)
+
+    async def right(self, layer: int) -> None:
+        """An ask is answered, with what that layer's answer is."""
+        ask = await self.ask(layer)
+        async with asyncio.timeout(WAIT_S):
+            rows = await ask
+        np.testing.assert_array_equal(rows.partials(1)[0], np.ones((1, HIDDEN)) + layer)
+        ask.release()
+
+
+@pytest.fixture
+async def pond() -> AsyncIterator[Pond]:
+    handler = FakeDuck(0)
+    async with listening(handler, key=KEY) as (address, end):
+        transport = MulticastTransport([address], credentials=HOST, network=Network(mtu=1500))
+        try:
+            await transport.start(PLAN)
+            pond = Pond(transport, end, handler)
+            await pond.right(1)
+            yield pond
+            for ether in (pond.at_host, pond.at_duck, pond.at_group):
+                ether.change = lambda datagram: [datagram]
+            await pond.right(7)  # whatever a test did
+            assert not transport.asks.lost
+        finally:
+            handler.let_go()
+            await transport.close()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 (it is not ours to make an event of)
+            await asyncio.sleep(0.001)
+
+
+def _forged(datagram: bytes, at: int = -1) -> bytes:
+    """Another payload under a header whose checksum says so, as who has no key can make it."""
+    payload = bytearray(datagram[wire.HEADER_BYTES :])
+    payload[at] ^= 1
+    head = wire.unpack_header(datagram)
+    whole = wire.pack_header(
+        head.kind, head.session, head.ticket, head.layer, head.source, payload=payload,
+        fragment=head.fragment, fragments=head.fragments, message_bytes=head.message_bytes,
+        offset=head.offset,
+    )  # fmt: skip
+    return whole + payload
+
+
+def _once(kind: Kind, change: Callable[[bytes], list[bytes]]) -> Callable[[bytes], list[bytes]]:
+    """Changes the first datagram of a kind."""
+    done = False
+
+    def changed(datagram: bytes) -> list[bytes]:
+        nonlocal done
+        if done or wire.unpack_header(datagram).kind != kind:
+            return [datagram]
+        done = True
+        return change(datagram)
+
+    return changed
+
+
+async def test_nothing_said_can_be_read(pond: Pond) -> None:
+    for layer in range(5):
+        await pond.right(layer)
+    heard = b"".join(pond.at_host.seen + pond.at_duck.seen + pond.at_group.seen)
+    assert len(heard) > 5 * 2 * HIDDEN * 4
+    for value in range(1, 7):
+        assert np.full(8, value, np.float32).tobytes() not in heard
+
+
+@pytest.mark.parametrize("where", ["answer", "ask"])
+@pytest.mark.parametrize("what", ["changed", "forged before the real one", "forged after it"])
+async def test_a_forged_datagram_only_costs_time(pond: Pond, where: str, what: str) -> None:
+    ether, kind = (pond.at_host, Kind.ANSWER) if where == "answer" else (pond.at_group, Kind.ASK)
+    changes: dict[str, Callable[[bytes], list[bytes]]] = {
+        "changed": lambda datagram: [_forged(datagram)],
+        "forged before the real one": lambda datagram: [_forged(datagram), datagram],
+        "forged after it": lambda datagram: [datagram, _forged(datagram)],
+    }
+    ether.change = _once(kind, changes[what])
+    await pond.right(3)
+    # Of two that differ one is taken, and which is no matter.
+    assert pond.corrupt == 1 if what == "changed" else pond.corrupt <= 1
+
+
+async def test_a_whole_answer_under_another_ticket(pond: Pond) -> None:
+    """An old answer's bytes with new headers, ahead of the real ones."""
+    await pond.right(2)
+    old = pond.at_host.of(Kind.ANSWER)
+
+    def posing(datagram: bytes) -> list[bytes]:
+        head = wire.unpack_header(datagram)
+        moved = []
+        for data in old:
+            was = wire.unpack_header(data)
+            payload = data[wire.HEADER_BYTES :]
+            moved.append(
+                wire.pack_header(
+                    head.kind, head.session, head.ticket, head.layer, head.source, payload=payload,
+                    fragment=was.fragment, fragments=was.fragments, offset=was.offset,
+                    message_bytes=was.message_bytes,
+                ) + payload
+            )  # fmt: skip
+        return [*moved, datagram]
+
+    pond.at_host.change = _once(Kind.ANSWER, posing)
+    await pond.right(3)
+    assert pond.corrupt >= 1
+
+
+async def test_old_answers_again(pond: Pond) -> None:
+    await pond.right(2)
+    old = pond.at_host.of(Kind.ANSWER)
+    pond.at_host.change = _once(Kind.ANSWER, lambda datagram: [*old, datagram, *old])
+    await pond.right(3)
+    assert pond.corrupt == 0
+
+
+async def test_old_asks_again_are_not_computed(pond: Pond) -> None:
+    """Not even when the duck has forgotten that it answered them."""
+    await pond.right(2)
+    old = pond.at_group.of(Kind.ASK)
+    half = pond.feed._half
+    half._answers.clear()
+    half._working.clear()
+    while not pond.handler.begun.empty():
+        pond.handler.begun.get_nowait()
+    pond.at_group.change = _once(Kind.ASK, lambda datagram: [*old, datagram])
+    await pond.right(3)
+    await _until(lambda: pond.corrupt == 2)  # the ones for layers 1 and 2
+    assert [pond.handler.begun.get_nowait()] == [3]
+    assert pond.handler.begun.empty()
+
+
+async def _working(pond: Pond) -> Ask:
+    """An ask that the duck has begun and not answered."""
+    pond.handler.hold(3)
+    ask = await pond.ask(3)
+    async with asyncio.timeout(WAIT_S):
+        while await pond.handler.begun.get() != 3:
+            pass
+    return ask
+
+
+async def _answered(pond: Pond, ask: Ask) -> None:
+    pond.handler.let_go()
+    async with asyncio.timeout(WAIT_S):
+        rows = await ask
+    np.testing.assert_array_equal(rows.partials(1)[0], np.ones((1, HIDDEN)) + 3)
+    ask.release()
+
+
+@pytest.mark.parametrize("kind", [Kind.CANCEL, Kind.NACK, Kind.PING, Kind.ANSWER])
+@pytest.mark.parametrize("seal", ["none", "of zeros"])
+async def test_notes_that_no_host_sent(pond: Pond, kind: Kind, seal: str) -> None:
+    ask = await _working(pond)
+    (session,) = pond.end._sessions
+    bodies = {Kind.CANCEL: b"", Kind.NACK: b"\xff", Kind.PING: wire.pack_ping(wire.HOST, 512, 4)}
+    body = bodies.get(kind, b"?") + bytes(24 if seal == "of zeros" else 0)
+    note = wire.pack_header(kind, session, ask.ticket, 3, wire.HOST, payload=body) + body
+    for ether, sock in zip((pond.at_duck, pond.at_group), pond.feed._sockets, strict=True):
+        ether.sender = pond.feed._where.host
+        ether.extra = [note]
+        before = pond.feed.malformed
+        pond.feed._readable(sock)
+        assert pond.feed.malformed == before + 1
+    assert pond.feed._half.counts.nacks == 0
+    assert ask.ticket not in pond.feed._half._cancelled
+    await _answered(pond, ask)
+
+
+async def test_notes_of_the_host_again(pond: Pond) -> None:
+    """Each is heard once."""
+    pond.at_host.change = _once(Kind.ANSWER, lambda _: [])  # lost, so that the host sends a NACK
+    await pond.right(4)
+    await _until(lambda: bool(pond.at_duck.of(Kind.NACK)))
+    gone = await _working(pond)
+    gone.cancel()
+    await _until(lambda: bool(pond.at_group.of(Kind.CANCEL)))
+    pond.handler.let_go()
+    notes = pond.at_group.of(Kind.CANCEL) + pond.at_duck.of(Kind.NACK)
+    before, nacks = pond.feed.malformed, pond.feed._half.counts.nacks
+    pond.at_group.extra = notes
+    pond.feed._readable(pond.feed._sockets[1])
+    assert pond.feed.malformed == before + len(notes)
+    assert pond.feed._half.counts.nacks == nacks
+
+
+@pytest.mark.parametrize("kind", [Kind.RNACK, Kind.PONG, Kind.CANCEL])
+async def test_notes_that_no_duck_sent(pond: Pond, kind: Kind) -> None:
+    """Nor are they a sign of life of a duck that is frozen."""
+    ask = await _working(pond)
+    body = bytes(24)
+    pond.at_host.extra = [
+        wire.pack_header(kind, pond.transport.session, ask.ticket, 3, 0, payload=body) + body
+    ]
+    pond.at_host.sender = next(iter(pond.plane._ducks))
+    heard, malformed = pond.plane._heard[0], pond.plane.malformed
+    (nic,) = pond.plane._nics.values()
+    pond.plane._readable(nic)
+    assert pond.plane.malformed == malformed + 1
+    assert pond.plane._heard[0] == heard
+    await _answered(pond, ask)

@@ -1,0 +1,242 @@
+"""The multicast transport over networks of namespaces: other packet sizes, losses, pulled cables.
+
+Needs root, iproute2 and nftables; `--full` has 32 ducks and longer texts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import duck
+from duck import wire
+from duck.config import Network
+from duck.errors import TransportError
+from duck.placement import Plan
+from duck.transports.control import SILENT_TICKS
+from duck.transports.multicast import MulticastTransport
+from tests.flocks import WAIT_S, plan_for
+from tests.network.fake_node import partial_sums
+from tests.network.pond import Pond, why_not
+
+WHY_NOT = why_not()
+pytestmark = [
+    pytest.mark.network,
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "runs"),
+    pytest.mark.timeout(400),
+]
+AWAY_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def pond(request: pytest.FixtureRequest) -> Iterator[Pond]:
+    """Ducks that answer at once."""
+    pond = Pond(32 if request.config.getoption("--full") else 8)
+    try:
+        pond.start_ducks("-m", "tests.network.fake_node")
+        yield pond
+    finally:
+        pond.close()
+
+
+class Rounds:
+    """Asks of one or two rows, one after the other; every answer is compared."""
+
+    def __init__(self, transport: MulticastTransport, plan: Plan) -> None:
+        self.transport, self.plan = transport, plan
+        self._rng = np.random.default_rng(0)
+        self._turn = 0
+
+    async def run(self, count: int, rows: int = 0) -> None:
+        """So many asks; rows: of each, or one and two in turn."""
+        for _ in range(count):
+            self._turn += 1
+            await self.one(rows or self._turn % 2 + 1, self._turn % 10)
+
+    async def one(self, rows: int, layer: int) -> None:
+        shape = self.plan.shape
+        x = wire.to_wire(self._rng.standard_normal((rows, shape.hidden), np.float32), "bfloat16")
+        ids = np.zeros((rows, shape.top_k), np.int32)
+        weights = np.ones((rows, shape.top_k), np.float32)
+        place = await self.transport.acquire(rows)
+        deadline = asyncio.get_running_loop().time() + 2 * WAIT_S
+        ask = self.transport.ask(layer, x, ids, weights, place, deadline=deadline)
+        landed = (await ask).partials(rows)
+        values = wire.to_float32(x)
+        for number in range(self.plan.ducks):
+            want = wire.to_wire(partial_sums(number, layer, values), "bfloat16")
+            np.testing.assert_array_equal(landed[number], want)
+        ask.release()
+
+    def count(self, name: str) -> float:
+        return self.transport.stats()[name]
+
+
+@contextlib.asynccontextmanager
+async def attached(pond: Pond, network: Network | None = None) -> AsyncIterator[Rounds]:
+    """A host with the widths of a large model; its warm-up is over."""
+    plan = plan_for(
+        pond.ducks, hidden=7168, max_rows=64, ask_dtype="bfloat16", answer_dtype="bfloat16"
+    )
+    transport = MulticastTransport(pond.addresses(), network=network)
+    try:
+        await transport.start(plan)
+        rounds = Rounds(transport, plan)
+        await rounds.run(20)
+        yield rounds
+    finally:
+        await transport.close()
+
+
+@pytest.mark.parametrize(("mtu", "payload"), [(1500, 1440), (9000, 8928)])
+def test_packets_of_both_sizes_with_and_without_loss(pond: Pond, mtu: int, payload: int) -> None:
+    async def main() -> None:
+        async with attached(pond) as rounds:
+            assert rounds.count("payload_bytes") == payload
+            # Nothing is lost: hardly anything is asked for again, however busy the machine is.
+            before = rounds.count("nacks")
+            await rounds.run(200)
+            assert rounds.count("nacks") - before <= 2
+            assert rounds.count("corrupt") == rounds.count("malformed") == 0
+            await rounds.one(64, 1)  # by TCP
+            for percent in (0.1, 1.0, 5.0):
+                pond.lose(percent)
+                again = rounds.count("nacks") + rounds.count("rnacks") + rounds.count("probes")
+                await rounds.run(100)
+                asked = rounds.count("nacks") + rounds.count("rnacks") + rounds.count("probes")
+                assert asked > again or percent < 1
+            assert rounds.count("strangers") == 0
+
+    pond.set_mtu(mtu)
+    try:
+        with pond.on_host():
+            asyncio.run(main())
+    finally:
+        pond.filter()
+
+
+def test_a_cable_is_pulled_for_two_seconds(pond: Pond) -> None:
+    """While asks are on their way, and while there are none: nobody is lost."""
+    assert AWAY_S < SILENT_TICKS * 0.25
+
+    async def away(duck: int) -> None:
+        pond.plug(duck, "down")
+        await asyncio.sleep(AWAY_S)  # this is what is tested, not a wait for something
+        pond.plug(duck, "up")
+
+    async def main() -> None:
+        async with attached(pond) as rounds:
+            pulled = asyncio.create_task(away(3))
+            done = 0
+            while not pulled.done():
+                await rounds.run(1)
+                done += 1
+            await pulled
+            await rounds.run(20)
+            await away(5)
+            await rounds.run(20)
+            assert not rounds.transport.asks.lost
+
+    pond.set_mtu(1500)
+    with pond.on_host():
+        asyncio.run(main())
+
+
+def test_one_duck_behind_smaller_packets_decides_for_all(pond: Pond) -> None:
+    async def main() -> None:
+        async with attached(pond) as rounds:
+            assert rounds.count("payload_bytes") == 1440
+            await rounds.run(10)
+
+    pond.set_mtu(9000)
+    pond.set_mtu(1500, [2])
+    try:
+        with pond.on_host():
+            asyncio.run(main())
+    finally:
+        pond.set_mtu(1500)
+
+
+def test_a_duck_that_hears_no_datagrams_is_refused_by_name(pond: Pond) -> None:
+    async def main() -> None:
+        with pytest.raises(TransportError, match=r"duck 1 \(.*answers on TCP, but no datagram"):
+            async with attached(pond):
+                pass
+
+    pond.filter(f"ether type ip ip saddr {pond.address(2)} ip protocol udp drop")
+    try:
+        with pond.on_host():
+            asyncio.run(main())
+    finally:
+        pond.filter()
+
+
+def test_an_interface_that_ducks_are_not_behind(pond: Pond) -> None:
+    async def main(interface: str, told: str) -> None:
+        with pytest.raises(TransportError, match=told):
+            async with attached(pond, Network((interface,))):
+                pass
+
+    with pond.on_host():
+        asyncio.run(main("lo", r"reached through 10\.77\.0\.1, which is not on lo"))
+
+
+def test_two_interfaces_two_groups() -> None:
+    pond = Pond(4, nics=2)
+    try:
+        pond.start_ducks("-m", "tests.network.fake_node")
+
+        async def main(network: Network | None) -> None:
+            async with attached(pond, network) as rounds:
+                pond.lose(1)
+                await rounds.run(50)
+                pond.filter()
+
+        with pond.on_host():
+            asyncio.run(main(None))
+            asyncio.run(main(Network(("e0", "e1"), ("239.7.7.1", "239.7.7.2:7777"))))
+    finally:
+        pond.close()
+
+
+def test_the_same_tokens_at_any_loss(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    tokens = 500 if request.config.getoption("--full") else 40
+    wanted = duck.Sampling(max_tokens=tokens, ignore_eos=True)
+    told: list[list[int]] = []
+
+    async def answer(*percents: float, **options: str) -> None:
+        async with duck.Engine.open("demo", dtype="float32", device="cpu", **options) as engine:
+            for percent in percents:
+                pond.lose(percent)
+                told.append((await engine.generate("A duckling", wanted)).token_ids)
+
+    pond = Pond(2)
+    try:
+        pond.start_ducks("-m", "duck", "node", "--insecure", "--model", "duck/demo", "--json")
+        flock = tmp_path / "flock.toml"
+        lines = ["[host]", 'interface = "e0"', 'groups = ["239.7.7.7"]']
+        lines += [f'[[duck]]\naddress = "{address}"' for address in pond.addresses()]
+        flock.write_text("\n".join(lines))
+        asyncio.run(answer(0, transport="loopback"))
+        with pond.on_host():
+            asyncio.run(answer(0, 1, 5, transport="multicast", ducks=str(flock)))
+    finally:
+        pond.close()
+    assert len(told[0]) == tokens
+    assert told == [told[0]] * 4
+
+
+def test_namespaces_are_gone_after_a_failure() -> None:
+    with contextlib.suppress(ZeroDivisionError), contextlib.closing(Pond(1)) as pond:
+        process = pond.start(1, "-c", "input()")
+        raise ZeroDivisionError
+    assert process.returncode is not None
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    assert not re.search(rf"^{pond._prefix}-", listed.stdout, re.MULTILINE)
