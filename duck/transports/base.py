@@ -282,7 +282,6 @@ class AskTable:
 
     def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
         """All of these ducks' verified answers lie in the row set, in however many fragments."""
-        now = time.perf_counter()
         for duck in ducks:
             ask.gather.note_whole(duck)
         self._noted(ask, ducks)
