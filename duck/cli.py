@@ -241,7 +241,7 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         "device": "where attention runs (auto: cuda if there is one)",
         "dtype": "auto: float32 on cpu, bfloat16 on cuda",
         "answers": "f32: partial sums travel in float32 even when asks travel in bfloat16",
-        "experts": "int8: rounded, faster prefill; int4: half the memory and time, rougher",
+        "experts": "int8: rounded, faster prefill; int4: half the memory, faster, rougher",
     }
     for name, text in helps.items():
         ready, planned = CHOICES[name]
