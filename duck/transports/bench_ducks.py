@@ -24,7 +24,8 @@ from duck import wire
 from duck.kernels import library
 from duck.placement import Plan
 from duck.transports.base import Loading
-from duck.transports.listen import HostSession, ListeningDuck
+from duck.transports.listen import DuckPlane, HostSession, ListeningDuck
+from duck.transports.multicast import MulticastDuckPlane, MulticastFeed
 from duck.transports.shm import ShmDuckPlane, ShmFeed
 from duck.transports.tcp import TcpDuckPlane, TcpFeed
 
@@ -76,6 +77,17 @@ class _EchoTcp(TcpDuckPlane):
         return feed
 
 
+class _EchoMulticast(MulticastDuckPlane):
+    def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
+        session.ask = _Echo(session)  # type: ignore[method-assign]
+        return super().open(session, offer)
+
+
+def _planes() -> list[DuckPlane]:
+    tcp = _EchoTcp()
+    return [tcp, _EchoShm(), _EchoMulticast(tcp)]
+
+
 def _yardstick(listener: socket.socket) -> None:
     """Serve one connection after another, in a thread."""
     while True:
@@ -111,7 +123,7 @@ def _be_a_duck(number: int) -> None:
     async def serve() -> None:
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(0, ended.set)  # readable when the host is gone
-        end = ListeningDuck("127.0.0.1:0", ready, [_EchoTcp(), _EchoShm()])
+        end = ListeningDuck("127.0.0.1:0", ready, _planes())
         serving = asyncio.create_task(end.serve(_Nothing()))
         await ended.wait()
         serving.cancel()
