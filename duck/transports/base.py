@@ -277,27 +277,23 @@ class AskTable:
         Raises:
             WireError: it does not belong to this ask.
         """
-        if not ask.gather.note(duck, fragment, fragments) or not ask.gather.has(duck):
-            return
-        ask.arrived_at[duck] = time.perf_counter()
-        if ask.gather.complete:
-            self._completed(ask)
+        if ask.gather.note(duck, fragment, fragments) and ask.gather.has(duck):
+            self._noted(ask, (duck,))
 
     def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
         """All of these ducks' verified answers lie in the row set, in however many fragments."""
-        now = time.perf_counter()
         for duck in ducks:
             ask.gather.note_whole(duck)
-            ask.arrived_at[duck] = now
-        if ask.gather.complete:
-            self._completed(ask)
+        self._noted(ask, ducks)
 
-    def _completed(self, ask: Ask) -> None:
-        if self.open_asks.pop(ask.ticket, None) is None:
-            return
-        ask.done_at = time.perf_counter()
-        if not ask._future.done():
-            ask._future.set_result(ask.rows)
+    def _noted(self, ask: Ask, ducks: Iterable[int]) -> None:
+        now = time.perf_counter()
+        for duck in ducks:
+            ask.arrived_at[duck] = now
+        if ask.gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
+            ask.done_at = now
+            if not ask._future.done():
+                ask._future.set_result(ask.rows)
 
     def cancel(self, ask: Ask) -> None:
         if self.open_asks.pop(ask.ticket, None) is not None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 _TOKEN_BYTES = 16
 _MANY_ASKS = 64
-# What covers a frame; the host chooses. CRC-32C is the processor's own, and four times as fast.
+# What covers a frame; the host chooses. CRC-32C is the processor's own, and three times as fast.
 CHECKSUMS: dict[str, wire.Checksum] = {"crc32": zlib.crc32, "crc32c": library.crc32c}
 _NOTHING = memoryview(bytearray())  # where a message without a body goes
 
@@ -76,7 +76,7 @@ class TcpPlane:
         flock.watch(link, duck)
 
     def send(self, ask: Ask, body: bytes) -> None:
-        if self._checksum == "crc32c" and not self._sealer:
+        if self._checksum == "crc32c" or self._sealer:
             size = wire.STAMP_BYTES + self._flock.plan.shape.answer_bytes(ask.count)
             ask.front = wire.HEADER.pack(
                 wire.MAGIC, wire.VERSION, wire.Kind.ANSWER, self._flock.session, ask.ticket,
