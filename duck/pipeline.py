@@ -27,7 +27,7 @@ from duck.device import Ran, Stage
 from duck.draft import Bet, Outcome, Settled, settle
 from duck.errors import DuckError
 from duck.meter import Meter, Stages
-from duck.model.attention import KVCache
+from duck.model.cache import KVCache
 from duck.model.router import Routed
 from duck.placement import Plan
 from duck.sampling import Sampling
@@ -511,7 +511,8 @@ class Pipeline:
             outcomes = await self._settle(bets, guesses, hidden)
         for bet in bets:
             bet.meter.schedules[way.policy.name] += 1
-            bet.meter.experts(*_experts_of(bet.session, lanes))
+            if lanes[0].ids:  # else only the MTP layer has experts
+                bet.meter.experts(*_experts_of(bet.session, lanes))
         self._note(bets, outcomes, way, begun)
         return outcomes
 
