@@ -199,5 +199,5 @@ def test_ducks_of_the_wrong_kind(ducks: Any) -> None:
 
 @pytest.mark.parametrize("length", ["5", 5.0, True])
 def test_a_length_is_a_whole_number(length: Any) -> None:
-    with pytest.raises(ConfigError, match="--max-len .*: want a whole number"):
+    with pytest.raises(ConfigError, match=r"--max-len .*: want a whole number"):
         Options(max_len=length)
