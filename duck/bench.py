@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duck import memory
+from duck.config import CHOICES
 from duck.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ def _kernel_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
         help="rows that ask at once (default: %(default)s)",
     )  # fmt: skip
     kernel.add_argument(
+        "--experts", metavar="A,B", default="exact",
+        help="how they are held: exact (fp8), int8, int4 (default: %(default)s)",
+    )  # fmt: skip
+    kernel.add_argument(
         "--shape", default="all", choices=("slice", "whole", "all"),
         help="slice: 64 columns of 256 experts; whole: 2048 of 32 (default: %(default)s)",
     )  # fmt: skip
@@ -93,6 +98,7 @@ def _kernel(arguments: argparse.Namespace) -> int:
         report = bench_kernel(
             isas=arguments.isa.split(",") if arguments.isa else (),
             threads=numbers("--threads", arguments.threads) if arguments.threads else (),
+            residents=[_resident(name) for name in arguments.experts.split(",")],
             shapes=shapes[arguments.shape],
             rows=numbers("--rows", arguments.rows),
             memory_gib=arguments.memory_gib,
@@ -104,6 +110,13 @@ def _kernel(arguments: argparse.Namespace) -> int:
     else:
         sys.stdout.write(tables(report) + "\n")
     return 0
+
+
+def _resident(experts: str) -> str:
+    known = CHOICES["experts"][0]
+    if experts not in known:
+        raise ConfigError(f"--experts {experts[:60]!r}: want {', '.join(known)}, or several")
+    return "fp8" if experts == "exact" else experts
 
 
 # --- duck bench pipeline

@@ -187,6 +187,10 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", metavar="A,B,C", help="one number a duck: slices as wide (default: equal)"
     )
     pack.add_argument("--out", metavar="DIR", required=True)
+    pack.add_argument(
+        "--experts", default="exact", choices=CHOICES["experts"][0],
+        help="int8, int4: rounded; hosts must choose the same (default: %(default)s)",
+    )  # fmt: skip
     pack.set_defaults(command=_pack)
 
     bench.add_parser(commands, common)
@@ -239,14 +243,14 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         "kv": "what cached latents are held in (auto: dtype)",
         "indexer": "rounding of sparse attention's choice (auto: exact in float32, else fp8)",
         "answers": "f32: partial sums travel in float32 even when asks travel in bfloat16",
+        "experts": "int8: rounded, faster prefill; int4: half the memory and time, rougher",
     }
     for name, text in helps.items():
         ready, planned = CHOICES[name]
         shown = "|".join(ready)
         if planned:
             shown += f" (planned: {', '.join(planned)})"
-        default = "equal" if name == "placement" else "auto"
-        flock.add_argument(f"--{name}", default=default, metavar="X", help=f"{shown}: {text}")
+        flock.add_argument(f"--{name}", default=ready[0], metavar="X", help=f"{shown}: {text}")
     flock.add_argument(
         "--max-len", type=int, metavar="N",
         help="tokens a session may hold (default: the model's context, if memory has room)",
@@ -420,7 +424,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     with bars("packing") as note:
         packed = pack(
             model_folder(arguments.model), weights, Path(arguments.out),
-            lambda done, total: note("slices", done, total),
+            lambda done, total: note("slices", done, total), experts=arguments.experts,
         )  # fmt: skip
     if arguments.json:
         write_json({"ducks": [duck.to_json() for duck in packed]})

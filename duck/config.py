@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kv": (("auto", "bf16", "fp8"), ()),
     "indexer": (("auto", "exact", "fp8"), ()),
     "answers": (("auto", "f32"), ()),
+    "experts": (("exact", "int8", "int4"), ()),
 }
 MAX_LOCAL_DUCKS = 64
 # Packets that every IPv4 network carries, and the largest jumbo frames that switches have.
@@ -84,6 +85,7 @@ class Options:
     indexer: str = "auto"  # of sparse attention: exact in float32, fp8 (as served) in bfloat16
     max_len: int | None = None  # tokens a session may hold; None: the model's context, if it fits
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
+    experts: str = "exact"  # int8, int4: rounded, for speed and memory; never chosen by itself
     key_file: str | Path | None = None  # the cluster's key; else [host] key_file of a flock.toml
     trace: str | None = None  # the file to write what happened when to
 

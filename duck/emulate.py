@@ -72,7 +72,8 @@ class EmulatedDevice(Device):
             sleep_until(end)
             return Ran(result, start, end)
 
-        return (await super().run(stage, paced)).result
+        ran = await super().run(stage, paced)
+        return ran.result._replace(late=ran.late)
 
     def seconds(self, stage: Stage) -> float:
         """How long a piece of work takes."""

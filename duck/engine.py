@@ -40,7 +40,7 @@ from duck.prompts import Prompt, Prompts
 from duck.report import DuckLoad, LoadReport
 from duck.sampling import Sampling, TokenLogprobs
 from duck.session import Session
-from duck.slices import ModelSource, layer_stream, resident_format, slice_of
+from duck.slices import ModelSource, choose_resident, layer_stream, slice_of
 from duck.trace import OFF, Trace
 from duck.transports import shm
 from duck.transports.base import Transport
@@ -109,7 +109,7 @@ class Engine:
 
         planned: called once, before anything large is loaded, with what memory is for.
         options: as on the command line: ducks, transport, placement, schedule, draft, early,
-        device, dtype, kv, indexer, max_len, answers, key_file, trace.
+        device, dtype, kv, indexer, max_len, answers, experts, key_file, trace.
 
         Raises:
             ConfigError, WeightsError: the folder or an option cannot be used.
@@ -165,7 +165,7 @@ class Engine:
                 columns=config.moe_intermediate_size,
                 slices=slices,
                 shape=_shape(config, device, chosen),
-                resident=resident_format(checkpoint, config),
+                resident=choose_resident(checkpoint, config, chosen.experts),
             )
             needed = 0
             if in_process or local:
@@ -206,6 +206,8 @@ class Engine:
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)
+            # The worker may be adding answers up: it ends before their memory goes.
+            stack.callback(device.close)
             await flock.start()
             pipeline = Pipeline(
                 model, device, flock,

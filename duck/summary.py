@@ -21,7 +21,7 @@ from duck.errors import ConfigError
 from duck.plan.closed import Times
 from duck.plan.simulate import SCHEDULES, simulate
 from duck.recording import Asked, Recording
-from duck.trace import Span
+from duck.trace import LATE, Span
 
 # A duck that its asks wait for by less than this share of them is no straggler.
 NOTABLE = 0.01
@@ -82,6 +82,7 @@ class Summary:
     straggler: str | None
     straggler_why: str
     common_experts: float | None  # share of a row's experts that its neighbour has too
+    late_us: float | None  # how late the loop heard of the device, 99 of 100 times less
     predicted_ms: float | None  # a step of these stages under this schedule
     dropped: int  # records that were too old to be in the file
 
@@ -138,6 +139,7 @@ def summarize(recording: Recording) -> Summary:
         straggler=straggler,
         straggler_why=why,
         common_experts=_common(asks, steps),
+        late_us=_late(recording, inside),
         predicted_ms=_predicted(schedule, steps, device, asks),
         dropped=recording.dropped,
     )
@@ -178,8 +180,11 @@ class _Inside:
         self._starts = [start for start, _ in times]
 
     def __call__(self, thing: Span | Asked) -> bool:
-        found = bisect.bisect_right(self._starts, thing.start) - 1
-        return found >= 0 and thing.start < self._times[found][1]
+        return self.at(thing.start)
+
+    def at(self, moment: float) -> bool:
+        found = bisect.bisect_right(self._starts, moment) - 1
+        return found >= 0 and moment < self._times[found][1]
 
 
 def _parts(device: Sequence[Span]) -> list[Part]:
@@ -280,6 +285,11 @@ def _common(asks: Sequence[Asked], steps: Sequence[Span]) -> float | None:
     return common / possible if possible else None
 
 
+def _late(recording: Recording, inside: _Inside) -> float | None:
+    found = sorted(value for at, value in recording.counters.get(LATE, ()) if inside.at(at))
+    return found[len(found) * 99 // 100] if found else None
+
+
 def _key(args: Mapping[str, Any]) -> str:
     return str(args.get("session"))
 
@@ -361,6 +371,7 @@ def tables(summary: Summary) -> list[Table]:
         ("exposed expert wait", f"{summary.exposed_wait:.0%} of the time"),
         ("idle of the busiest", f"{summary.idle_of_busiest:.0%}"),
         ("experts common to lanes", _percent(summary.common_experts)),
+        ("loop late, 99 of 100", _us(summary.late_us)),
     ]
     if summary.straggler:
         late = max(duck.behind_ms for duck in summary.ducks)
@@ -394,6 +405,10 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 def _ms(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f} ms"
+
+
+def _us(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.0f} us"
 
 
 def _percent(value: float | None) -> str:

@@ -139,7 +139,7 @@ class _Run:
                     group.create_task(self._answer(pipeline, model)) for _ in range(self._sessions)
                 ]
             self._loop_s = time.thread_time() - begun
-            self._late_s = device.lateness_p99_s()
+            self._late_s = pipeline.stages.late_p99_s()
             self.tokens = answers[0].result()
         finally:
             await flock.close()

@@ -23,11 +23,12 @@ import numpy as np
 from duck import wire
 from duck.kernels import library
 from duck.placement import Plan
-from duck.transports.base import Handler, Loading
-from duck.transports.listen import ListeningDuck
-from duck.transports.planes import duck_planes
-from duck.transports.worker import Waiting, Worker
+from duck.transports.base import Loading
+from duck.transports.listen import HostSession, ListeningDuck
+from duck.transports.shm import ShmDuckPlane, ShmFeed
+from duck.transports.tcp import TcpDuckPlane, TcpFeed
 
+STAMPS = wire.pack_stamps(0.0, 0.0)
 SIZES = struct.Struct("<II")  # what the yardstick is told first: bytes of an ask, of an answer
 
 
@@ -41,18 +42,38 @@ class _Nothing:
         raise AssertionError("the echo answers")
 
 
-class Echo(Worker):
-    """A `Worker` that answers every ask as it comes, with the same numbers each time."""
+class _Echo:
+    """Answers the asks of a session as they come, without the worker's thread.
 
-    def __init__(self, handler: Handler) -> None:
-        super().__init__(handler)
+    The sums are the same each time; header, checksum and all that a host looks at are made anew.
+    """
+
+    def __init__(self, session: HostSession) -> None:
+        self._session = session
         self._answers: dict[int, np.ndarray] = {}
 
-    def put(self, owner: int, ticket: int, ask: Waiting) -> None:
-        if ask.rows not in self._answers:
-            sums = np.random.default_rng(0).standard_normal((ask.rows, ask.shape.hidden))
-            self._answers[ask.rows] = wire.to_wire(sums, ask.shape.answer_dtype)
-        ask.reply(self._answers[ask.rows], wire.pack_stamps(0.0, 0.0))
+    def __call__(self, ticket: int, layer: int, message: memoryview) -> None:
+        shape = self._session.plan.shape
+        rows = shape.rows_of_ask(len(message))
+        if rows not in self._answers:
+            sums = np.random.default_rng(0).standard_normal((rows, shape.hidden))
+            self._answers[rows] = wire.to_wire(sums, shape.answer_dtype)
+        self._session.feed.answer(ticket, layer, self._answers[rows], STAMPS)
+
+
+class _EchoShm(ShmDuckPlane):
+    def open(self, session: HostSession, offer: Mapping[str, Any]) -> ShmFeed:
+        session.ask = _Echo(session)  # type: ignore[method-assign]
+        return super().open(session, offer)
+
+
+class _EchoTcp(TcpDuckPlane):
+    def open(self, session: HostSession, offer: Mapping[str, Any]) -> TcpFeed:
+        session.ask = _Echo(session)  # type: ignore[method-assign]
+        feed = super().open(session, offer)
+        # It is in the loop's thread already.
+        feed.call_in_loop = lambda call, *arguments: call(*arguments)
+        return feed
 
 
 def _yardstick(listener: socket.socket) -> None:
@@ -90,7 +111,7 @@ def _be_a_duck(number: int) -> None:
     async def serve() -> None:
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(0, ended.set)  # readable when the host is gone
-        end = ListeningDuck("127.0.0.1:0", ready, duck_planes(), make_worker=Echo)
+        end = ListeningDuck("127.0.0.1:0", ready, [_EchoTcp(), _EchoShm()])
         serving = asyncio.create_task(end.serve(_Nothing()))
         await ended.wait()
         serving.cancel()
