@@ -490,9 +490,12 @@ class ShmFeed:
         self._opened.callback(os.close, self._answers)
         os.set_blocking(self._answers, False)
         edges.register(self._asks, select.EPOLLIN | select.EPOLLET)
+        self._memory = memory
+        self._wait_for_asks(edges)
+
+    def _wait_for_asks(self, edges: select.epoll) -> None:
         self._loop.add_reader(edges.fileno(), self._woken, edges)
         self._opened.callback(self._loop.remove_reader, edges.fileno())
-        self._memory = memory
 
     # asks
 
@@ -507,7 +510,8 @@ class ShmFeed:
 
     def _look(self) -> None:
         memory = self._memory
-        assert memory is not None
+        if memory is None:  # the session has ended
+            return
         fresh: list[tuple[int, Slot]] = []
         for number, slot in enumerate(self._layout.slots):
             ticket = memory.word(slot.ticket)

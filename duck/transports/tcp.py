@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 _TOKEN_BYTES = 16
 _MANY_ASKS = 64
-# What covers a frame; the host chooses. CRC-32C is the processor's own, and four times as fast.
+# What covers a frame; the host chooses. CRC-32C is the processor's own, and three times as fast.
 CHECKSUMS: dict[str, wire.Checksum] = {"crc32": zlib.crc32, "crc32c": library.crc32c}
 _NOTHING = memoryview(bytearray())  # where a message without a body goes
 
@@ -244,8 +244,7 @@ class TcpFeed:
         self.token = secrets.token_bytes(_TOKEN_BYTES)
         self.link: Link | None = None
         self._session, self._feeds = session, feeds
-        # From the worker's thread; what is called sends.
-        self.call_in_loop: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
+        self._loop = asyncio.get_running_loop()
         self._limit = session.plan.shape.ask_bytes(session.plan.shape.max_rows)
         self._message = memoryview(b"")
         self._due: tuple[int, int, int, int] | None = None  # of a message that is not whole yet
@@ -335,10 +334,10 @@ class TcpFeed:
         try:
             frames = self._frames(kind, ticket, layer, message)
         except TransportError as error:  # answered twice: no bug may end the thread, or be sealed
-            self.call_in_loop(self._session.refuse, str(error))
+            self._loop.call_soon_threadsafe(self._session.refuse, str(error))
             return
         with contextlib.suppress(RuntimeError):  # the loop ended while we computed
-            self.call_in_loop(self._send, frames)
+            self._loop.call_soon_threadsafe(self._send, frames)
 
     def _frames(
         self, kind: wire.Kind, ticket: int, layer: int, message: bytes

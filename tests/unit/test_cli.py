@@ -80,6 +80,14 @@ IDS = ("--prompt-ids", "5,6,7")
         (("bench", "kernel", "--threads", "all"), "--threads 'all'"),
         (("bench", "kernel", "--memory-gib", "9e9"), "free, want less"),
         (("bench", "kernel", "--repeats", "0"), "--repeats 0: want more than 0"),
+        (("bench", "transport", "--transport", "shm,pigeon"), "want some of shm, tcp, multicast"),
+        (("bench", "transport", "--ducks", "1,65"), "--ducks 1,65: want at most 64"),
+        (("bench", "transport", "--rows", "0"), "--rows '0'"),
+        (("bench", "transport", "--rows", "1025"), "--rows 1025: want at most 1024"),
+        (("bench", "transport", "--loss", "60%"), "--loss '60%': want shares up to 50%"),
+        (("bench", "transport", "--loss", "much"), "--loss 'much'"),
+        (("bench", "transport", "--seconds", "nan"), "--seconds nan"),
+        (("bench", "transport", "--plot", "x.png"), "--plot draws latency over loss"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL", "--key-file", "x"), "duck key x"),
         (
@@ -282,6 +290,31 @@ def test_what_files_say_does_nothing_to_the_terminal(
     file.write_text('[[duck]]\nname = "a\\u001b[31m\\nb"\naddress = "127.0.0.1:1"\n')
     code, _, err = run(capfd, "generate", folder, *IDS, "--ducks", file)
     assert (code, err.count("\n"), "\x1b" in err) == (3, 1, False)
+
+
+def test_bench_transport(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "loss.png"
+    words = ("--ducks", "2", "--rows", "1,5", "--loss", "1%", "--seconds", "0.05")
+    code, out, err = run(capfd, "bench", "transport", *words, "--plot", picture, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    cells = [(row["transport"], row["rows"], row["loss"]) for row in report["rows"]]
+    plain = [(transport, rows, 0) for transport in ("shm", "tcp") for rows in (1, 5)]
+    assert cells == [*plain, *[("multicast", rows, loss) for rows in (1, 5) for loss in (0, 0.01)]]
+    for row in report["rows"]:
+        assert row["ducks"] == 2
+        assert 0 < row["p50_us"] <= row["p99_us"]
+        assert row["ratio"] > 0
+    calls = {row["transport"]: row["calls"] for row in report["rows"] if row["rows"] == 1}
+    assert calls["shm"] < calls["tcp"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_transport_for_people(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("--transport", "shm", "--ducks", "1", "--rows", "1", "--seconds", "0.05")
+    code, out, _ = run(capfd, "bench", "transport", *words)
+    assert code == 0
+    assert out.splitlines()[-1].split()[:3] == ["shm", "1", "1"]
 
 
 def test_bench_kernel(capfd: pytest.CaptureFixture[str]) -> None:
