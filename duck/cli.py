@@ -243,7 +243,7 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         "kv": "what cached latents are held in (auto: dtype)",
         "indexer": "rounding of sparse attention's choice (auto: exact in float32, else fp8)",
         "answers": "f32: partial sums travel in float32 even when asks travel in bfloat16",
-        "experts": "int8: rounded, faster prefill; int4: half the memory and time, rougher",
+        "experts": "int8: rounded, faster prefill; int4: half the memory, faster, rougher",
     }
     for name, text in helps.items():
         ready, planned = CHOICES[name]

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -144,8 +145,9 @@ class Engine:
             trace: Trace = OFF
             if chosen.trace is not None:
                 trace = Trace(ducks.short_names)
-                # Whatever ends us: what went wrong is then to be seen in it.
+                # Whatever ends us: it is then to be seen what had happened until then.
                 stack.callback(trace.write, chosen.trace)
+                stack.push(partial(_note_end, trace))
             device = Device(chosen.device, chosen.dtype)
             stack.callback(device.close)
             kind = _transport_kind(chosen, ducks)
@@ -377,6 +379,12 @@ def _credentials(key: ClusterKey | None) -> Credentials | None:
     from duck.transports.tls import Credentials, Role  # slow to import, and only needed now
 
     return Credentials(key, Role.HOST)
+
+
+def _note_end(trace: Trace, _kind: object, error: BaseException | None, _at: object) -> None:
+    """Have a trace say what ended the run, if it was an error."""
+    if isinstance(error, Exception):
+        trace.about(ended=str(error) or type(error).__name__)
 
 
 def _budget(config: ModelConfig, device: Device, options: Options, ducks_bytes: int) -> Budget:

@@ -15,9 +15,10 @@ import time
 import numpy as np
 import uvloop
 
+from duck.config import Network
 from duck.placement import Plan
 from duck.transports.control import FlockTransport
-from duck.transports.planes import HOST_PLANES
+from duck.transports.planes import host_plane
 from tests.flocks import plan_for
 from tests.network.pond import Pond, why_not
 
@@ -46,7 +47,7 @@ async def measure(name: str, pond: Pond, count: int, longest_s: float) -> None:
     plan = plan_for(
         pond.ducks, hidden=7168, max_rows=64, ask_dtype="bfloat16", answer_dtype="bfloat16"
     )
-    transport = FlockTransport(pond.addresses(), HOST_PLANES[name]())
+    transport = FlockTransport(pond.addresses(), host_plane(name, Network()))
     await transport.start(plan)
     await rounds(transport, plan, WARM_ROUNDS)
     for percent in LOSSES:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 import duck
 from duck import wire
@@ -188,6 +189,25 @@ def test_a_duck_whose_datagrams_end_while_its_connections_live(pond: Pond) -> No
             with pytest.raises(DuckLost, match=r"duck 1 .* is UDP blocked on the way\?") as caught:
                 await rounds.run(1)
             assert caught.value.index == 1
+
+    try:
+        with pond.on_host():
+            asyncio.run(main())
+    finally:
+        pond.filter()
+
+
+def test_a_switch_that_forgets_the_group(pond: Pond) -> None:
+    """As one that snoops IGMP does when nobody asks for members: asks still come, one by one."""
+
+    async def main() -> None:
+        async with attached(pond) as rounds:
+            pond.filter("ether type ip ip daddr 224.0.0.0/4 drop")
+            with capture_logs() as logs:
+                await rounds.run(60)
+            told = [entry for entry in logs if entry["event"] == "multicasts_do_not_arrive"]
+            assert {entry["duck"] for entry in told} == set(rounds.transport.labels)
+            assert len(told) == pond.ducks
 
     try:
         with pond.on_host():

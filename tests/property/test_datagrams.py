@@ -15,7 +15,7 @@ from duck.reliable import Cut
 if sys.platform != "linux":
     pytest.skip("Linux sockets", allow_module_level=True)
 
-from duck.transports.multicast import lay, parts, runs
+from duck.transports.trains import lay, parts, runs
 
 PAYLOADS = st.integers(1, 6).map(lambda n: 16 * n)
 
