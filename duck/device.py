@@ -109,6 +109,10 @@ class Device:
             self._changed.notify()
         return await future
 
+    def free_bytes(self) -> int | None:
+        """What a GPU has free; None of a CPU, whose memory `duck.memory` knows."""
+        return torch.cuda.mem_get_info(self.torch)[0] if self.name == "cuda" else None
+
     def close(self) -> None:
         """End the worker after what it computes now, and forget the rest."""
         with self._changed:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from duck import wire
 from duck.device import Device, Ran, Stage
-from duck.model.attention import KVCache
+from duck.model.cache import KVCache, PlainRows
 from duck.model.router import Routed
 from duck.placement import Plan, equal_slices
 from duck.plan.closed import Times
@@ -205,9 +205,8 @@ class EmulatedModel:
 
     def new_cache(self, capacity: int) -> KVCache:
         """Room for one number a layer, which nobody writes."""
-        return KVCache(
-            len(self.layers) + 1, 1, capacity, device=torch.device("cpu"), dtype=torch.float32
-        )
+        number = PlainRows(1, torch.float32, torch.float32)
+        return KVCache(len(self.layers) + 1, number, capacity, device=torch.device("cpu"))
 
     def session(self) -> Session:
         """As if a prompt of one token had been run."""

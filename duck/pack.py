@@ -23,7 +23,7 @@ from duck.memory import readable
 from duck.model.config import ModelConfig
 from duck.model.weights import Checkpoint, experts_digest
 from duck.placement import Plan, Slice, weighted_slices
-from duck.slices import layer_stream, resident_format, slice_of
+from duck.slices import choose_resident, layer_stream, slice_of
 from duck.store import LayerWriter, Store, check_room, file_bytes
 
 # called with the bytes written so far, and in all
@@ -70,17 +70,22 @@ def show(packed: Sequence[Packed]) -> None:
 
 
 def pack(
-    model: Path, weights: Sequence[float], out: Path, progress: Progress | None = None
+    model: Path,
+    weights: Sequence[float],
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    experts: str = "exact",
 ) -> list[Packed]:
     """Write out/duck-000, out/duck-001, ...; what an earlier call finished is kept.
 
-    weights: one a duck; slices are as wide.
+    weights: one a duck; slices are as wide. experts: as the option of that name.
 
     Raises:
         ConfigError: a folder holds another slice, or has no room.
         WeightsError: a weight is missing or not a number.
     """
-    checkpoint, plan = plan_for(model, weights)
+    checkpoint, plan = plan_for(model, weights, experts)
     ducks = [_Duck(out / f"duck-{duck:03}", slice_of(plan, duck)) for duck in range(plan.ducks)]
     for duck in ducks:
         duck.store.check(duck.want)
@@ -157,7 +162,9 @@ def _layer(
             pass
 
 
-def plan_for(model: Path, weights: Sequence[float]) -> tuple[Checkpoint, Plan]:
+def plan_for(
+    model: Path, weights: Sequence[float], experts: str = "exact"
+) -> tuple[Checkpoint, Plan]:
     """The model's checkpoint, and a plan with slices as wide as the weights say.
 
     Raises:
@@ -177,7 +184,7 @@ def plan_for(model: Path, weights: Sequence[float]) -> tuple[Checkpoint, Plan]:
         slices=slices,
         # A slice does not depend on what travels on the wire.
         shape=wire.Shape(config.hidden_size, config.num_experts_per_tok, "float32", "float32", 1),
-        resident=resident_format(checkpoint, config),
+        resident=choose_resident(checkpoint, config, experts),
     )
     return checkpoint, plan
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from duck.errors import ConfigError
 from duck.recording import Recording
+from duck.trace import Span
+from duck.wire import plain
 
 # Colours that also people tell apart who see few of them: lanes 0 and 1, and whatever comes after.
 LANES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -25,11 +27,24 @@ def draw(recording: Recording, path: Path, first: int, stop: int) -> None:
         raise ConfigError(f"--steps {first}:{stop}: the trace has steps 0:{len(steps)}")
     start, end = steps[first].start, max(step.end for step in steps[first:stop])
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
+        from matplotlib import rc_context
     except ImportError:
         raise ConfigError("--png needs matplotlib: install duck-llm[host]") from None
+    # Names come from the file: a dollar sign in one begins no formula.
+    with rc_context({"text.parse_math": False}):
+        _save(recording, path, start, end, _title(steps[first:stop]))
+
+
+def _title(steps: Sequence[Span]) -> str:
+    schedule = plain(str(steps[0].args.get("schedule", "")), 40)
+    return f"{schedule} · {len(steps)} step{'s' * (len(steps) > 1)}"
+
+
+def _save(recording: Recording, path: Path, start: float, end: float, title: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     colours = _Colours()
     rows = _rows(recording, start, end, colours)
     scale = _scale(recording)
@@ -41,7 +56,7 @@ def draw(recording: Recording, path: Path, first: int, stop: int) -> None:
             chosen = [(at, length) for at, length, one in bars if one == colour]
             pieces = [((at - start) / 1e3 / scale, length / 1e3 / scale) for at, length in chosen]
             axes.broken_barh(pieces, (number - 0.4, 0.8), color=LANES[colour], linewidth=0)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [name[:40] for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, (end - start) / 1e3 / scale)
     axes.set_xlabel("milliseconds")
@@ -50,8 +65,7 @@ def draw(recording: Recording, path: Path, first: int, stop: int) -> None:
         loc="lower right", bbox_to_anchor=(1, 1), ncols=len(LANES), frameon=False, fontsize="small",
     )  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
-    schedule = steps[first].args.get("schedule", "")
-    axes.set_title(f"{schedule!s:.40} · {stop - first} step{'s' * (stop - first > 1)}", loc="left")
+    axes.set_title(title, loc="left")
     try:
         figure.savefig(path, format="png")
     except OSError as error:

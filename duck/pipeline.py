@@ -27,7 +27,7 @@ from duck.device import Ran, Stage
 from duck.draft import Bet, Outcome, Settled, settle
 from duck.errors import DuckError
 from duck.meter import Meter, Stages
-from duck.model.attention import KVCache
+from duck.model.cache import KVCache
 from duck.model.router import Routed
 from duck.placement import Plan
 from duck.sampling import Sampling

@@ -22,8 +22,8 @@ from duck.errors import ConfigError, WireError
 TILE = 64
 # Version of what a slice's bytes mean; part of its hash, so that nobody attaches to another layout.
 LAYOUT = 1
-# How a weight is held: as published, bit for bit.
-RESIDENTS = ("fp8", "bf16", "f32")
+# How a weight is held: as published, bit for bit; or, where somebody chose so, rounded.
+RESIDENTS = ("fp8", "bf16", "f32", "int8", "int4")
 
 
 def equal_slices(columns: int, ducks: int) -> tuple[range, ...]:

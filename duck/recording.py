@@ -12,6 +12,7 @@ from typing import Any
 
 from duck.errors import ConfigError
 from duck.trace import DUCKS, FORMAT, HOST, NO_LAYER, Span, Trace
+from duck.wire import plain
 
 # Far above what `Trace` writes; a small compressed file could claim to hold any amount.
 LARGEST = 1 << 30
@@ -116,7 +117,14 @@ def _recording(document: Any) -> Recording:
         raise _Wrong("traceEvents is no list")
     dropped = about.get("dropped")
     lost = dropped.values() if isinstance(dropped, dict) else ()
-    found = Recording(tuple(names), about, [], [], {}, sum(n for n in lost if isinstance(n, int)))
+    found = Recording(
+        tuple(plain(name)[:_TEXT] for name in names),
+        about,
+        [],
+        [],
+        {},
+        sum(n for n in lost if isinstance(n, int)),
+    )
     answers: list[tuple[int, int, Answer]] = []
     by_number: dict[int, Asked] = {}
     for number, event in enumerate(events):
@@ -187,7 +195,7 @@ def _name(values: Mapping[str, Any], key: str) -> str:
     value = values.get(key)
     if not isinstance(value, str) or len(value) > _TEXT:
         raise _Wrong(f"{key} is {value!r:.40}, want a short text")
-    return value
+    return plain(value)  # nobody's terminal is to obey a file
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:

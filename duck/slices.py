@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import structlog
 
 from duck.errors import ConfigError
-from duck.kernels.experts import Sizes, pack, resident_for
+from duck.kernels.experts import LOSSY, Sizes, pack, resident_for
 from duck.model.config import ModelConfig
 from duck.model.weights import Checkpoint, experts_digest
 from duck.placement import Plan, Slice
@@ -22,6 +23,8 @@ from duck.store import LayerImage, LayerWriter, Store, check_room, file_bytes, f
 
 Progress = Callable[[int], None]  # resident bytes that have come, of one stretch
 Check = Callable[[], None]  # called now and then; raises when the work is to end
+
+_log = structlog.get_logger(__name__)
 
 
 class Arena(Protocol):
@@ -76,6 +79,20 @@ def slice_of(plan: Plan, duck: int) -> Slice:
     return Slice.of(plan, duck, sizes.record_bytes, sizes.scale_floats)
 
 
+def choose_resident(checkpoint: Checkpoint, config: ModelConfig, experts: str) -> str:
+    """The resident for a choice of the user's, who is told when it is not exact.
+
+    experts: "exact", or one of `kernels.experts.LOSSY`.
+    """
+    if experts == "exact":
+        return resident_format(checkpoint, config)
+    _log.warning(
+        "lossy_experts", experts=experts, error=f"about {LOSSY[experts]:.0%} rms of a layer's sum",
+        remedy="--experts exact computes with the published weights",
+    )  # fmt: skip
+    return experts
+
+
 def resident_format(checkpoint: Checkpoint, config: ModelConfig) -> str:
     """The resident that holds all routed experts exactly, in the fewest bytes."""
     dtypes = {
@@ -111,7 +128,9 @@ class ModelSource:
         mine = (
             self.config.moe_layers, self.config.n_routed_experts,
             self.config.moe_intermediate_size, self.config.hidden_size,
-            resident_format(self.checkpoint, self.config),
+            # Any model can be rounded; held exactly it can be in one way only.
+            want.resident if want.resident in LOSSY
+            else resident_format(self.checkpoint, self.config),
         )  # fmt: skip
         theirs = (want.layers, want.experts, want.columns, want.hidden, want.resident)
         if mine != theirs:

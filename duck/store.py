@@ -147,11 +147,12 @@ class Store:
         """
         if self.slice is None or self.slice == want:
             return
-        have = str(self.slice)
-        if have == str(want):
+        have, wanted = str(self.slice), str(want)
+        if have == wanted:
             have += f" (layout {self.slice.layout}, {self.slice.resident})"
+            wanted += f" (layout {want.layout}, {want.resident})"
         raise ConfigError(
-            f"{self.folder} holds {have}, not {want}: use another folder, or remove this one"
+            f"{self.folder} holds {have}, not {wanted}: use another folder, or remove this one"
         )
 
     @contextlib.contextmanager

@@ -153,7 +153,8 @@ class Trace:
         """The asks kept, in the order of recording."""
         found = []
         for layer, sent, done, ducks_us, ids, times, args in tuple(self._asks):
-            arrived = (done,) * len(self.ducks) if times is None else tuple(times)
+            # A time of 0 is of an answer whose arrival nobody noted.
+            arrived = tuple(at or done for at in times or (0.0,) * len(self.ducks))
             found.append(AskSpan(layer, len(ids), sent, done, tuple(ducks_us), arrived, ids, args))
         return found
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from duck.errors import ConfigError
 from duck.kernels import fp8
-from duck.kernels.experts import BLOCK, NativeExperts, available_isas
+from duck.kernels.experts import BLOCK, NativeExperts, Sizes, available_isas, pack
 from duck.model.weights import ExpertWeights
 
 ROWS = (1, 2, 4, 16, 64, 328)
@@ -44,7 +44,7 @@ class Shape:
     top_k: int
 
     @property
-    def expert_bytes(self) -> int:
+    def expert_weights(self) -> int:
         return 3 * self.hidden * self.columns
 
 
@@ -58,11 +58,12 @@ class Row:
     """One line of the report."""
 
     shape: str
+    resident: str
     isa: str
     threads: int
     rows: int
     us_per_token: float
-    gb_s: float  # weight bytes of the distinct experts chosen
+    gb_s: float  # resident bytes of the distinct experts chosen
     stream_gb_s: float
     ratio: float  # median of the pairs' gb_s / stream_gb_s
     gflop_s: float
@@ -77,6 +78,7 @@ def bench_kernel(
     *,
     isas: Sequence[str] = (),
     threads: Sequence[int] = (),
+    residents: Sequence[str] = ("fp8",),
     shapes: Sequence[Shape] = (SLICE, WHOLE),
     rows: Sequence[int] = ROWS,
     memory_gib: float = 3.0,
@@ -86,10 +88,11 @@ def bench_kernel(
     """Measure; returns a report of plain values for JSON, and for `tables`.
 
     isas: default: the vector sets that this processor has. threads: default: one, and all.
-    memory_gib: of weights per shape. note: called with what is about to be measured.
+    residents: how the experts are held. memory_gib: of weights per shape and resident. note:
+    called with what is about to be measured.
 
     Raises:
-        ConfigError: an instruction set or a size that this machine does not have.
+        ConfigError: a resident, an instruction set or a size that this machine does not have.
     """
     isas = list(isas) or [isa for isa in available_isas() if isa != "scalar"] or ["scalar"]
     processors = len(os.sched_getaffinity(0))
@@ -103,9 +106,9 @@ def bench_kernel(
     }
     yardsticks = _Torches(max(rows) >= PREFILL_ROWS)
     try:
-        for shape in shapes:
-            note(f"{shape.name}: {memory_gib:.1f} GiB of random weights")
-            with _Bench(shape, memory_gib, repeats) as bench:
+        for shape, resident in itertools.product(shapes, residents):
+            note(f"{shape.name}: {memory_gib:.1f} GiB of random weights as {resident}")
+            with _Bench(shape, resident, memory_gib, repeats) as bench:
                 report["huge_pages"] = bench.native.huge_page_share()
                 if not report["stream"]:
                     note("stream read")
@@ -114,7 +117,7 @@ def bench_kernel(
                         for count in sorted({*range(1, min(processors, 8) + 1), *counts})
                     ]
                 for isa, count, some in itertools.product(isas, counts, rows):
-                    note(f"{shape.name}, {isa}, threads {count}, rows {some}")
+                    note(f"{shape.name}, {resident}, {isa}, threads {count}, rows {some}")
                     report["rows"].append(asdict(bench.row(isa, count, some, yardsticks)))
     finally:
         yardsticks.close()
@@ -124,20 +127,29 @@ def bench_kernel(
 class _Bench:
     """One shape's weights in memory."""
 
-    def __init__(self, shape: Shape, memory_gib: float, repeats: int) -> None:
-        layers = int(memory_gib * 2**30 / (shape.experts * shape.expert_bytes))
+    def __init__(self, shape: Shape, resident: str, memory_gib: float, repeats: int) -> None:
+        sizes = Sizes.of(shape.hidden, shape.columns, resident)
+        self._expert_bytes = sizes.record_bytes
+        layers = int(memory_gib * 2**30 / (shape.experts * self._expert_bytes))
         if layers < 1:
-            need = shape.experts * shape.expert_bytes / 2**30
+            need = shape.experts * self._expert_bytes / 2**30
             raise ConfigError(
                 f"{shape.name} takes {need:.1f} GiB a layer, allowed are {memory_gib}"
             )
         self._shape, self._repeats = shape, repeats
         self._rng = np.random.default_rng(0)
-        self.native = NativeExperts(range(layers), shape.experts, shape.hidden, shape.columns)
-        weights = _random_weights(self._rng, shape)
+        self.native = NativeExperts(
+            range(layers), shape.experts, shape.hidden, shape.columns, resident=resident
+        )
+        # One expert, packed once: rounding it again and again would take minutes.
+        record = np.empty(sizes.record_bytes, np.uint8)
+        scales = np.empty(sizes.scale_floats, np.float32)
+        pack(_random_weights(self._rng, shape), resident, record, scales)
         for layer in range(layers):
+            self.native.records(layer)[:] = record
+            self.native.scales(layer)[:] = scales
             for expert in range(shape.experts):
-                self.native.load(layer, expert, weights)
+                self.native.adopt(layer, expert, 0)
         self._layers = layers
         self._offset = 0
 
@@ -166,7 +178,7 @@ class _Bench:
         kernel = [kernel for _, kernel, _ in pairs]
         seconds = [time_s for time_s, _ in kernel]
         gb_s = [nbytes / time_s / 1e9 for time_s, nbytes in kernel]
-        flop = 2 * shape.expert_bytes * shape.top_k * rows  # a weight is a byte
+        flop = 2 * shape.expert_weights * shape.top_k * rows
         gflop_s = [flop / time_s / 1e9 for time_s in seconds]
         more: dict[str, float | None] = {}
         names = ("torch", "torch_same_isa")
@@ -175,10 +187,10 @@ class _Bench:
         ):
             more[f"{name}_gflop_s"] = statistics.median(found)
             more[f"{name}_ratio"] = _ratio(gflop_s, found)
-        if rows == 1 and shape.expert_bytes * shape.top_k < 32 << 20:
+        if rows == 1 and self._expert_bytes * shape.top_k < 32 << 20:
             more["hot_gw_s"] = self._hot(out)
         return Row(
-            shape.name, isa, threads, rows,
+            shape.name, self.native.resident, isa, threads, rows,
             us_per_token=statistics.median(seconds) / rows * 1e6,
             gb_s=statistics.median(gb_s),
             stream_gb_s=statistics.median(stream),
@@ -200,7 +212,7 @@ class _Bench:
                 ids = np.arange(first, first + shape.top_k)[None] % shape.experts
             else:
                 ids = rng.random((rows, shape.experts)).argsort(axis=1)[:, : shape.top_k]
-            nbytes = len(np.unique(ids)) * shape.expert_bytes
+            nbytes = len(np.unique(ids)) * self._expert_bytes
             prepared.append((x, np.ascontiguousarray(ids, np.int32), weights, nbytes))
         for ask in itertools.cycle(prepared):
             for layer in range(self._layers):
@@ -236,7 +248,8 @@ class _Bench:
         layer, x, ids, weights, nbytes = next(self._asks(1))
         same = itertools.repeat((layer, x, ids, weights, nbytes))
         samples = [self._kernel_once(same, out) for _ in range(5)]
-        return max(nbytes / time_s / 1e9 for time_s, nbytes in samples)
+        count = self._shape.expert_weights * self._shape.top_k
+        return max(count / time_s / 1e9 for time_s, _ in samples)
 
 
 class _Torches:
@@ -252,7 +265,7 @@ class _Torches:
             return []
         key = isa, threads
         if key not in self._running:
-            held = {"avx2": "AVX2", "avx512": "AVX512"}[isa]
+            held = "AVX512" if isa == "avx512" else "AVX2"
             self._running[key] = [
                 self._spawn(threads, {}),
                 self._spawn(threads, {"MKL_ENABLE_INSTRUCTIONS": held}),
@@ -318,11 +331,11 @@ def tables(report: dict[str, Any]) -> str:
             f"{each['threads']} threads {each['gb_s']:.1f} GB/s" for each in report["stream"]
         ),
         "",
-        f"{'':18}{'isa':8}{'thr':>3}{'rows':>5}{'us/token':>10}{'GB/s':>7}{'stream':>8}{'ratio':>7}"
+        f"{'':18}{'as':6}{'isa':8}{'thr':>3}{'rows':>5}{'us/token':>10}{'GB/s':>7}{'stream':>8}{'ratio':>7}"
         f"{'GFLOP/s':>9}{'hot Gw/s':>10}{'torch':>8}{'ratio':>7}{'same isa':>10}{'ratio':>7}",
     ]
     lines += [
-        f"{row['shape']:18}{row['isa']:8}{row['threads']:3}{row['rows']:5}"
+        f"{row['shape']:18}{row['resident']:6}{row['isa']:8}{row['threads']:3}{row['rows']:5}"
         f"{row['us_per_token']:10.1f}{row['gb_s']:7.1f}{row['stream_gb_s']:8.1f}"
         f"{row['ratio']:7.2f}{row['gflop_s']:9.1f}"
         + _cell(row["hot_gw_s"], 10, 1)

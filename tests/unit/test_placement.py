@@ -146,7 +146,7 @@ def test_slice_hash_is_of_the_bytes_a_duck_holds(monkeypatch: pytest.MonkeyPatch
         ("ask_dtype", "float64"),
         ("answer_dtype", "x" * 100_000),
         ("answer_dtype", None),
-        ("resident", "int4"),
+        ("resident", "int3"),
     ],
 )
 def test_plan_that_no_host_may_send(field: str, value: object) -> None:

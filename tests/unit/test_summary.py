@@ -252,6 +252,24 @@ def test_a_file_cut_anywhere_is_one_line(
         assert err.count("\n") == 1
 
 
+def test_names_in_a_file_command_neither_terminal_nor_typesetter(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trace = Trace(("\x1b[2J[bold]$\\frac", "duck 1"))
+    trace.about(ended="\x1b]0;title\x07[red]lost duck 1")
+    trace.span("loop", "step", 0, 1, schedule="$\\sqrt\x1b[31m[blink]", session="$x")
+    trace.span("device", "[link=x]\x1b", 0, 0.5, 3, session="$x")
+    trace.ask(3, 0.2, 0.9, [(0, 1000)] * 2, np.zeros((1, 2), np.int32), session="$x")
+    path = tmp_path / "trace.json"
+    trace.write(path)
+    code, out, err = run(capfd, str(path), "--png", str(tmp_path / "x.png"))
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "[red]lost duck 1" in out  # as it stands there
+    assert "[link=x]" in out
+
+
 def test_a_file_that_unpacks_to_too_much_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

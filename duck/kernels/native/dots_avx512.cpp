@@ -34,7 +34,7 @@ template <Format F>
 constexpr bool kStarts = true;
 template <Format F>
 I dot(I sum, I w, I x) {
-  return _mm512_dpbusd_epi32(sum, w, x);
+  return I(_mm512_dpbusd_epi32(__m512i(sum), __m512i(w), __m512i(x)));
 }
 
 #include "dot_simd.inc"

@@ -28,7 +28,7 @@ template <Format F>
 constexpr bool kStarts = true;
 template <Format F>
 I dot(I sum, I w, I x) {
-  return _mm256_dpbusd_avx_epi32(sum, w, x);
+  return I(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(w), __m256i(x)));
 }
 
 #include "dot_simd.inc"

@@ -106,14 +106,15 @@ constexpr int vectors_for(int rows) { return rows <= 2 ? 4 : 2; }
 template <Format F>
 constexpr bool kStarts = F == Format::int4;
 template <Format F>
-I dot(I sum, I w, I x) {
+I dot(I sum, I weights, I inputs) {
+  __m256i w = __m256i(weights), x = __m256i(inputs);
   if (F == Format::int8) {
     w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // minus 128
     x = _mm256_sign_epi8(x, w);
     w = _mm256_abs_epi8(w);
   }
-  const I pairs = _mm256_maddubs_epi16(w, x);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  const __m256i pairs = _mm256_maddubs_epi16(w, x);
+  return sum + I(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 #include "dot_simd.inc"
