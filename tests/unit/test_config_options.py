@@ -195,3 +195,9 @@ def test_what_only_this_machine_reaches() -> None:
 def test_ducks_of_the_wrong_kind(ducks: Any) -> None:
     with pytest.raises(ConfigError, match="--ducks"):
         Options(ducks=ducks)
+
+
+@pytest.mark.parametrize("length", ["5", 5.0, True])
+def test_a_length_is_a_whole_number(length: Any) -> None:
+    with pytest.raises(ConfigError, match=r"--max-len .*: want a whole number"):
+        Options(max_len=length)
