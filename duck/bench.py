@@ -80,7 +80,8 @@ def _kernel_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
 def _kernel(arguments: argparse.Namespace) -> int:
     from duck.bars import working
     from duck.cli import write_json
-    from duck.kernels.bench import SLICE, WHOLE, bench_kernel, tables
+    from duck.kernels.bench import MAX_ROWS, SLICE, WHOLE, bench_kernel, tables
+    from duck.kernels.experts import MAX_THREADS
 
     for name in ("memory_gib", "repeats"):
         if not getattr(arguments, name) > 0:
@@ -97,10 +98,12 @@ def _kernel(arguments: argparse.Namespace) -> int:
     with working() as note:
         report = bench_kernel(
             isas=arguments.isa.split(",") if arguments.isa else (),
-            threads=numbers("--threads", arguments.threads) if arguments.threads else (),
+            threads=(
+                numbers("--threads", arguments.threads, MAX_THREADS) if arguments.threads else ()
+            ),
             residents=[_resident(name) for name in arguments.experts.split(",")],
             shapes=shapes[arguments.shape],
-            rows=numbers("--rows", arguments.rows),
+            rows=numbers("--rows", arguments.rows, MAX_ROWS),
             memory_gib=arguments.memory_gib,
             repeats=arguments.repeats,
             note=note,
@@ -263,8 +266,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def numbers(flag: str, text: str) -> list[int]:
-    """Whole numbers from 1 up, as 1,2,3.
+def numbers(flag: str, text: str, most: int) -> list[int]:
+    """Whole numbers of 1 to `most`, as 1,2,3.
 
     Raises:
         ConfigError: something else.
@@ -273,6 +276,6 @@ def numbers(flag: str, text: str) -> list[int]:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
-        raise ConfigError(f"{flag} {text[:60]!r}: want numbers from 1 up, as 1,2,4")
+    if not found or not all(1 <= number <= most for number in found):
+        raise ConfigError(f"{flag} {text[:60]!r}: want numbers of 1 to {most}, as 1,2,4")
     return found

@@ -28,6 +28,8 @@ from duck.kernels.experts import BLOCK, NativeExperts, Sizes, available_isas, pa
 from duck.model.weights import ExpertWeights
 
 ROWS = (1, 2, 4, 16, 64, 328)
+# Of one call; the widest prefill has 2,048, and rows and results must fit beside the weights.
+MAX_ROWS = 8192
 PREFILL_ROWS = 328
 """From this many rows on the yardstick is torch."""
 _SAMPLE_S = 0.02  # at least, for one measurement of either side of a pair

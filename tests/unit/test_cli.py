@@ -59,11 +59,12 @@ IDS = ("--prompt-ids", "5,6,7")
         ),
         (("generate", "MODEL", *IDS, "--schedule", "tide"), "want one of auto, serial, batch"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
+        (("generate", "MODEL", *IDS, "--placement", "weighted"), "weighted needs weights: use a f"),
         (("generate", "MODEL", *IDS, "--trace", "no/dir/t.json"), "no such folder: no/dir"),
         (("generate", "MODEL", *IDS, "--trace", "."), "--trace '.' is no file"),
         (("trace",), "WHAT"),
         (("generate", "MODEL", *IDS, "--transport", "loopback", "--ducks", "h:1"), "inside this"),
-        (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "cannot reach duck 0"),
+        (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "--model DIR (or --store DIR)"),
         (("score", "MODEL", "--prompt-ids", "1"), "at least two"),
         (("score", "MODEL", *IDS, "--logits-out", "no/dir/x"), "no such folder: no/dir"),
         (("serve", "MODEL"), "serve is not built yet"),
@@ -72,7 +73,9 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--experts", "int3"), "--experts 'int3': want one of exact, "),
         (("pack", "MODEL", "--out", "x", "--experts", "fp8"), "--experts: invalid choice: 'fp8'"),
         (("bench", "kernel", "--experts", "exact,bf16"), "--experts 'bf16': want exact, int8"),
-        (("bench", "kernel", "--rows", "1,0"), "--rows '1,0': want numbers from 1 up"),
+        (("bench", "kernel", "--rows", "1,0"), "--rows '1,0': want numbers of 1 to 8192"),
+        (("bench", "kernel", "--rows", "99999999999"), "--rows '99999999999': want numbers"),
+        (("bench", "kernel", "--threads", "1025"), "--threads '1025': want numbers of 1 to 1024"),
         (("bench", "kernel", "--threads", "all"), "--threads 'all'"),
         (("bench", "kernel", "--memory-gib", "9e9"), "free, want less"),
         (("bench", "kernel", "--repeats", "0"), "--repeats 0: want more than 0"),
@@ -91,6 +94,11 @@ IDS = ("--prompt-ids", "5,6,7")
         (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
         (("node", "--listen", "127.0.0.1:0", "--store", "x", "--threads", "-1"), "--threads -1"),
         (("node", "--listen", "127.0.0.1:0", "--store", __file__), "manifest.json: Not a dir"),
+        (("node", "--listen", "127.0.0.1:0", "--store", ""), "--store is empty: give the path"),
+        (("node", "--listen", "127.0.0.1:0", "--model", ""), "--model is empty: give the path"),
+        (("node", "--listen", "127.0.0.1:0", "--store", "x", "--threads", "1025"), "to 1024"),
+        (("node", "--listen", "127.0.0.1:0", "--store", "x", "--spin-us", "9" * 9), "--spin-us 99"),
+        (("pack", "MODEL", "--out", ""), "--out is empty: give the path of a folder"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )
@@ -102,7 +110,7 @@ def test_mistakes_are_one_line(
     assert err.startswith("duck: ")
     assert err.count("\n") == 1
     assert out == ""
-    assert code == (3 if "cannot reach" in found else 2)
+    assert code == (3 if "cannot reach" in err else 2)
 
 
 def test_generate_json(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
@@ -229,7 +237,7 @@ def test_flock_toml(capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: P
         ("[host]\n", "no [[duck]]"),
         ('[[duck]]\nname = "a"\n', "address"),
         ('[[duck]]\naddress = "127.0.0.1:1"\nspeed = 3\n', "speed"),
-        ('[[duck]]\naddress = "127.0.0.1:1"\nweight = 3\n', "weights are not built yet"),
+        ('[[duck]]\naddress = "127.0.0.1:1"\nweight = 0\n', "weight 0: want a number above 0"),
         (
             '[host]\nkey_file = "k"\n[[duck]]\naddress = "127.0.0.1:1"\n',
             "k: No such file",
