@@ -261,7 +261,9 @@ class NativeExperts:
             raise ValueError(_trouble(status, where))
 
     def read(self, offset: int, nbytes: int) -> None:
-        """Read resident bytes as fast as this machine can: what `forward` is measured against."""
+        """Read resident bytes as fast as this machine can, whatever instruction set `forward` uses:
+        what it is measured against.
+        """
         self._native.duck_experts_read(self._open(), self._pool, offset, nbytes)
 
     def huge_page_share(self) -> float | None:

@@ -521,7 +521,13 @@ def test_bench() -> None:
     assert report["rows"][0]["hot_gw_s"] > 0
     assert report["stream"][0]["threads"] == 1
     text = bench.tables(report)
-    assert f"small             fp8   {ISAS[0]}" in text
+    assert f"small            fp8  {ISAS[0]}" in text
+    for row in report["rows"][:]:
+        report["rows"].append({**row, "rows": 328, "torch_gflop_s": 1e4, "torch_ratio": 0.5})
+    text = bench.tables(report)
+    for name in ("/read", "hot", "/torch", "/same"):
+        assert text.count(f"{name}:") + text.count(f"{name},") == 1  # each is explained
+    assert max(map(len, text.splitlines()[1:])) <= 80
     assert any("rows 3" in line for line in said)
     with pytest.raises(ConfigError, match=r"small takes .* allowed are 0\.0001"):
         bench.bench_kernel(shapes=[small], memory_gib=0.0001)
