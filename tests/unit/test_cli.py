@@ -195,8 +195,11 @@ def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transp
     assert not first["warm"]
     code, _, err = run(capfd, *words)
     assert code == 0
-    for word in ("linears, fp8 -> float32", "KV cache", "theory", "0:128", "all"):
+    for word in ("linears, fp8 -> float32", "KV cache", "theory", "theory:", "0:128", "all"):
         assert word in err
+    (row,) = [line for line in err.splitlines() if "0:128" in line]  # in 80 columns, unbroken
+    assert row.split()[:3] == ["duck", "0", "0:128"]
+    assert row.rstrip().endswith(" s")
 
 
 def test_text_goes_to_stdout_and_figures_to_stderr(

@@ -109,7 +109,6 @@ def test_labels_name_ducks_as_the_user_does(tmp_path: Path) -> None:
         ("[[duck]]\naddress = 'pond'", "HOST:PORT"),
         ("[[duck]]\naddress = 'a:1'\n[[duck]]\naddress = 'a:1'", "appears twice"),
         ("[[duck]]\naddress = 'a:1'\nport = 5", "has port; known are"),
-        ("[[duck]]\naddress = 'a:1'\nweight = 2", "weights are not built yet"),
         ("pond = 1\n[[duck]]\naddress = 'a:1'", "has pond; known are"),
         ("[host]\nhens = 1\n[[duck]]\naddress = 'a:1'", "has hens; known are"),
         ("[host]\ninterface = 5\n[[duck]]\naddress = 'a:1'", "interface must be a text, or a list"),
