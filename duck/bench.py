@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duck import memory
-from duck.config import CHOICES
+from duck.config import CHOICES, MAX_LOCAL_DUCKS
 from duck.errors import ConfigError
 
 if TYPE_CHECKING:
     from duck.kernels.bench import Shape
-
-PLANNED = ("transport",)
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -29,13 +27,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     _kernel_parser(kinds, common)
     _pipeline_parser(kinds, common)
     _generate_parser(kinds, common)
-    for name in PLANNED:
-        planned = kinds.add_parser(name, help="(planned)")
-        planned.set_defaults(command=_planned, planned=name, log_level="warning", json=False)
-
-
-def _planned(arguments: argparse.Namespace) -> int:
-    raise ConfigError(f"bench {arguments.planned} is not built yet; see duck bench --help")
+    _transport_parser(kinds, common)
 
 
 # --- duck bench kernel
@@ -120,6 +112,120 @@ def _resident(experts: str) -> str:
     if experts not in known:
         raise ConfigError(f"--experts {experts[:60]!r}: want {', '.join(known)}, or several")
     return "fp8" if experts == "exact" else experts
+
+
+# --- duck bench transport
+
+
+def _transport_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
+    transport = kinds.add_parser(
+        "transport", parents=[common], help="a round of asks and answers beside plain sockets",
+        description="Latency and the host's processor time of a round, with ducks on this machine "
+        "that answer at once, beside a loop over epoll that moves the same bytes; the ratio is the "
+        "median of turns measured one after the other. Nothing else should run.",
+    )  # fmt: skip
+    transport.add_argument(
+        "--transport", metavar="A,B", default="shm,tcp,multicast",
+        help="which ones (default: %(default)s)",
+    )  # fmt: skip
+    transport.add_argument(
+        "--ducks", metavar="1,2", default="1,2,8,32", help="how many (default: %(default)s)"
+    )
+    transport.add_argument(
+        "--rows", metavar="1,2", default="1,2,328", help="rows of an ask (default: %(default)s)"
+    )
+    transport.add_argument(
+        "--loss", metavar="0.1%,1%", default="",
+        help="drop this share of multicast's datagrams as well",
+    )  # fmt: skip
+    transport.add_argument(
+        "--seconds", type=float, default=3.0, metavar="S",
+        help="for each figure (default: %(default)g)",
+    )  # fmt: skip
+    transport.add_argument("--plot", metavar="F.png", help="latency over loss, as a picture")
+    transport.set_defaults(command=_transport)
+
+
+def _transport(arguments: argparse.Namespace) -> int:
+    from duck.bars import working
+    from duck.cli import write_json
+    from duck.transports.bench import bench_transport, tables
+
+    chosen = arguments.transport.split(",")
+    allowed = [name for name in CHOICES["transport"][0] if name not in ("auto", "loopback")]
+    if not set(chosen) <= set(allowed):
+        raise ConfigError(
+            f"--transport {arguments.transport[:60]!r}: want some of {', '.join(allowed)}"
+        )
+    if sys.platform != "linux":
+        raise ConfigError("duck bench transport needs Linux: its yardstick is epoll")
+    if not 0 < arguments.seconds <= 3600:
+        raise ConfigError(f"--seconds {arguments.seconds}: want 0 to 3600")
+    counts = numbers("--ducks", arguments.ducks, MAX_LOCAL_DUCKS)
+    rows = numbers("--rows", arguments.rows, 1024)
+    losses = _shares("--loss", arguments.loss)
+    picture = None if arguments.plot is None else Path(arguments.plot)
+    if picture and not (losses and "multicast" in chosen):
+        raise ConfigError("--plot draws latency over loss: give --loss and --transport multicast")
+    if picture and not picture.parent.is_dir():
+        raise ConfigError(f"--plot {picture}: no such folder: {picture.parent}")
+    with working() as note:
+        report = bench_transport(
+            transports=chosen, ducks=counts, rows=rows, losses=losses,
+            seconds=arguments.seconds, note=note,
+        )  # fmt: skip
+    if picture:
+        _plot(report, picture)
+    if arguments.json:
+        write_json(report)
+    else:
+        sys.stdout.write(tables(report) + "\n")
+    return 0
+
+
+def _plot(report: dict[str, Any], path: Path) -> None:
+    """Latency over loss, p50 and p99, a line for every transport and size; a PNG.
+
+    Raises:
+        ConfigError: there is no matplotlib, or nothing with losses to draw.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install duck-llm[host]") from None
+    curves: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        curves.setdefault((row["transport"], row["ducks"], row["rows"]), []).append(row)
+    curves = {key: rows for key, rows in curves.items() if len(rows) > 1}
+    if not curves:
+        raise ConfigError("--plot draws latency over loss: give --loss and --transport multicast")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, ((transport, ducks, size), rows) in enumerate(curves.items()):
+        losses = [row["loss"] * 100 for row in rows]
+        label = f"{transport}, {ducks} ducks, {size} rows"
+        for name, style in (("p50", "-o"), ("p99", "--^")):
+            times = [row[f"{name}_us"] / 1e3 for row in rows]
+            axes.plot(losses, times, style, color=f"C{number}", label=f"{label}, {name}")
+    axes.set_xlabel("datagrams lost, %")
+    axes.set_ylabel("a round, ms")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _shares(flag: str, text: str) -> list[float]:
+    """Shares as 0.1%,1%."""
+    if not text:
+        return []
+    try:
+        found = [float(part.removesuffix("%")) / 100 for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 0.5 for share in found):
+        raise ConfigError(f"{flag} {text[:60]!r}: want shares up to 50%, as 0.1%,1%")
+    return found
 
 
 # --- duck bench pipeline

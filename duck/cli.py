@@ -253,8 +253,10 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         "early": "start a wave's sure token while its guess is being made (auto: if it gains)",
         "device": "where attention runs (auto: cuda if there is one)",
         "dtype": "auto: float32 on cpu, bfloat16 on cuda",
+        "kv": "what cached latents are held in (auto: dtype)",
+        "indexer": "rounding of sparse attention's choice (auto: exact in float32, else fp8)",
         "answers": "f32: partial sums travel in float32 even when asks travel in bfloat16",
-        "experts": "int8: rounded, faster prefill; int4: half the memory and time, rougher",
+        "experts": "int8: rounded, faster prefill; int4: half the memory, faster, rougher",
     }
     for name, text in helps.items():
         ready, planned = CHOICES[name]
@@ -262,6 +264,10 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         if planned:
             shown += f" (planned: {', '.join(planned)})"
         flock.add_argument(f"--{name}", default=ready[0], metavar="X", help=f"{shown}: {text}")
+    flock.add_argument(
+        "--max-len", type=int, metavar="N",
+        help="tokens a session may hold (default: the model's context, if memory has room)",
+    )  # fmt: skip
     flock.add_argument(
         "--key-file", metavar="F",
         help="the cluster's key (duck key F makes one): all ducks must have it too",
@@ -293,7 +299,7 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The Engine's options among the command line's."""
-    options = {name: getattr(arguments, name) for name in ("ducks", *CHOICES, "trace")}
+    options = {name: getattr(arguments, name) for name in ("ducks", *CHOICES, "max_len", "trace")}
     return {**options, "key_file": _path(arguments.key_file, "--key-file")}
 
 

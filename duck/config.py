@@ -21,6 +21,8 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "early": (("auto", "on", "off"), ()),
     "device": (("auto", "cpu", "cuda"), ()),
     "dtype": (("auto", "float32", "bfloat16"), ()),
+    "kv": (("auto", "bf16", "fp8"), ()),
+    "indexer": (("auto", "exact", "fp8"), ()),
     "answers": (("auto", "f32"), ()),
     "experts": (("exact", "int8", "int4"), ()),
 }
@@ -80,6 +82,9 @@ class Options:
     early: str = "auto"  # whether a wave's sure lane starts while its guess is being made
     device: str = "auto"  # cuda when there is one
     dtype: str = "auto"  # float32 on the CPU, bfloat16 on CUDA
+    kv: str = "auto"  # what cached latents are held in; auto: dtype
+    indexer: str = "auto"  # of sparse attention: exact in float32, fp8 (as served) in bfloat16
+    max_len: int | None = None  # tokens a session may hold; None: the model's context, if it fits
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
     experts: str = "exact"  # int8, int4: rounded, for speed and memory; never chosen by itself
     key_file: str | Path | None = None  # the cluster's key; else [host] key_file of a flock.toml
@@ -98,6 +103,8 @@ class Options:
             output_file("trace", self.trace)
         if not isinstance(self.ducks, str):
             raise ConfigError(f"--ducks {self.ducks!r}: want a text, as local:2 or HOST:PORT")
+        if self.max_len is not None and type(self.max_len) is not int:
+            raise ConfigError(f"--max-len {self.max_len!r}: want a whole number")
         flock = Ducks.parse(self.ducks)
         if self.transport == "loopback" and flock.local is None:
             raise ConfigError(

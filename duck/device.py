@@ -14,27 +14,26 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from duck.errors import ConfigError
+from duck.errors import ConfigError, DuckError
 
 Result = TypeVar("Result")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# How many later pieces of work may overtake one of a stage that nothing urgent waits for. Counted
-# in pieces, not in time: the same order on a fast device and on a slow one.
+# A piece of work of these stages stands in the queue as if it had come so many pieces later:
+# nothing urgent waits for it. In pieces, not in time: the same order on a fast device and on a
+# slow one, and nothing waits for ever.
 OVERTAKEN = {"shared": 4, "feed": 4, "guess": 8, "head": 8}
 
 # The interpreter lets a thread run on for 5 ms when another wants to; the event loop would hear
 # the ducks that much later whenever the worker is between two kernels.
 SWITCH_S = 100e-6
-_LATENESS_SAMPLES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +53,15 @@ class Stage:
 
 
 class Ran(NamedTuple, Generic[Result]):
-    """What a piece of work gave, and when it ran, on the clock of whoever ran it."""
+    """What a piece of work gave, and when it ran, on the clock of whoever ran it.
+
+    late: seconds until the event loop heard that it had ended.
+    """
 
     result: Result
     begun: float
     ended: float
+    late: float = 0.0
 
 
 class Device:
@@ -83,8 +86,6 @@ class Device:
         self.name = device
         self.dtype_name = dtype
         self.dtype = DTYPES[dtype]
-        # How late the event loop was to hear that a piece of work had ended, in seconds.
-        self.lateness_s: deque[float] = deque(maxlen=_LATENESS_SAMPLES)
         self._changed = threading.Condition()
         self._queue: list[_Work] = []
         self._number = itertools.count()
@@ -103,10 +104,14 @@ class Device:
         queued = _Work(number + OVERTAKEN.get(stage.name, 0), number, work, future, loop)
         with self._changed:
             if self._closed:
-                raise RuntimeError("the device is closed")
+                raise DuckError("the engine is closed: its `async with` block has ended")
             heapq.heappush(self._queue, queued)
             self._changed.notify()
         return await future
+
+    def free_bytes(self) -> int | None:
+        """What a GPU has free; None of a CPU, whose memory `duck.memory` knows."""
+        return torch.cuda.mem_get_info(self.torch)[0] if self.name == "cuda" else None
 
     def close(self) -> None:
         """End the worker after what it computes now, and forget the rest."""
@@ -117,11 +122,6 @@ class Device:
         for work in waiting:
             work.future.cancel()
         self._worker.join()
-
-    def lateness_p99_s(self) -> float:
-        """The 99th percentile of how late the event loop was lately; 0 before anything ran."""
-        ordered = sorted(self.lateness_s)
-        return ordered[len(ordered) * 99 // 100] if ordered else 0.0
 
     def _run(self) -> None:
         while True:
@@ -148,14 +148,12 @@ class Device:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             work.loop.call_soon_threadsafe(self._done, work.future, ran, error)
 
-    def _done(
-        self, future: asyncio.Future[Any], ran: Ran[Any], error: BaseException | None
-    ) -> None:
-        self.lateness_s.append(time.perf_counter() - ran.ended)
+    @staticmethod
+    def _done(future: asyncio.Future[Any], ran: Ran[Any], error: BaseException | None) -> None:
         if future.done():
             return
         if error is None:
-            future.set_result(ran)
+            future.set_result(ran._replace(late=time.perf_counter() - ran.ended))
         else:
             future.set_exception(error)
             # Who waits may be cancelled before it looks: then nobody needs to hear of it.

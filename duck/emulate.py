@@ -23,7 +23,7 @@ from torch import Tensor
 
 from duck import wire
 from duck.device import Device, Ran, Stage
-from duck.model.attention import KVCache
+from duck.model.cache import KVCache, PlainRows
 from duck.model.router import Routed
 from duck.placement import Plan, equal_slices
 from duck.plan.closed import Times
@@ -72,7 +72,8 @@ class EmulatedDevice(Device):
             sleep_until(end)
             return Ran(result, start, end)
 
-        return (await super().run(stage, paced)).result
+        ran = await super().run(stage, paced)
+        return ran.result._replace(late=ran.late)
 
     def seconds(self, stage: Stage) -> float:
         """How long a piece of work takes."""
@@ -204,9 +205,8 @@ class EmulatedModel:
 
     def new_cache(self, capacity: int) -> KVCache:
         """Room for one number a layer, which nobody writes."""
-        return KVCache(
-            len(self.layers) + 1, 1, capacity, device=torch.device("cpu"), dtype=torch.float32
-        )
+        number = PlainRows(1, torch.float32, torch.float32)
+        return KVCache(len(self.layers) + 1, number, capacity, device=torch.device("cpu"))
 
     def session(self) -> Session:
         """As if a prompt of one token had been run."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,7 @@ import numpy as np
 import structlog
 
 from duck import log, memory, placement, wire
+from duck.budget import Budget, plan_memory
 from duck.config import Ducks, Options, model_folder
 from duck.device import Device, limit_threads, switching_fast
 from duck.errors import ConfigError
@@ -97,12 +99,18 @@ class Engine:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, path: str | Path, *, progress: Progress | None = None, **options: Any
+        cls,
+        path: str | Path,
+        *,
+        progress: Progress | None = None,
+        planned: Callable[[Budget], None] | None = None,
+        **options: Any,
     ) -> AsyncIterator[Engine]:
         """Load a model folder ("demo": the shipped one) and gather its flock.
 
+        planned: called once, before anything large is loaded, with what memory is for.
         options: as on the command line: ducks, transport, placement, schedule, draft, early,
-        device, dtype, answers, experts, key_file, trace.
+        device, dtype, kv, indexer, max_len, answers, experts, key_file, trace.
 
         Raises:
             ConfigError, WeightsError: the folder or an option cannot be used.
@@ -115,7 +123,7 @@ class Engine:
                 str(error).replace("Options.__init__() got an", "Engine.open:")
             ) from None
         folder = model_folder(path)
-        prompts = Prompts(folder)
+        prompts = Prompts(folder, chosen.max_len)
         config = prompts.config
         if not config.moe_layers:
             raise ConfigError(
@@ -137,8 +145,9 @@ class Engine:
             trace: Trace = OFF
             if chosen.trace is not None:
                 trace = Trace(ducks.short_names)
-                # Whatever ends us: what went wrong is then to be seen in it.
+                # Whatever ends us: it is then to be seen what had happened until then.
                 stack.callback(trace.write, chosen.trace)
+                stack.push(partial(_note_end, trace))
             device = Device(chosen.device, chosen.dtype)
             stack.callback(device.close)
             kind = _transport_kind(chosen, ducks)
@@ -160,9 +169,15 @@ class Engine:
                 shape=_shape(config, device, chosen),
                 resident=choose_resident(checkpoint, config, chosen.experts),
             )
+            needed = 0
             if in_process or local:
                 needed = sum(slice_of(plan, duck).nbytes for duck in range(plan.ducks))
                 memory.check_fits(needed, local=plan.ducks)
+                needed += plan.ducks * memory.OVERHEAD_BYTES
+            budget = _budget(config, device, chosen, needed)
+            prompts.max_len = budget.holding.max_len
+            if planned:
+                planned(budget)
 
             def read(check: Callable[[], None]) -> Transformer:
                 def step(done: int, total: int) -> None:
@@ -170,7 +185,7 @@ class Engine:
                     note("host", done, total)
 
                 return Transformer.load(
-                    checkpoint, config, device=device.torch, dtype=device.dtype, progress=step
+                    checkpoint, config, budget.holding, device=device.torch, progress=step
                 )
 
             model = await _load(read)
@@ -193,6 +208,8 @@ class Engine:
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)
+            # The worker may be adding answers up: it ends before their memory goes.
+            stack.callback(device.close)
             await flock.start()
             pipeline = Pipeline(
                 model, device, flock,
@@ -203,7 +220,7 @@ class Engine:
                 # What a duck reads for each expert that an ask names.
                 expert_bytes=[slice_of(plan, duck).record_bytes for duck in range(plan.ducks)],
             )  # fmt: skip
-            load = _report(checkpoint, model, plan, transport.attached)
+            load = _report(checkpoint, model, budget, plan, transport.attached)
             yield cls(prompts, model, pipeline, plan, kind, load)
 
     # answers
@@ -364,13 +381,40 @@ def _credentials(key: ClusterKey | None) -> Credentials | None:
     return Credentials(key, Role.HOST)
 
 
+def _note_end(trace: Trace, _kind: object, error: BaseException | None, _at: object) -> None:
+    """Have a trace say what ended the run, if it was an error."""
+    if isinstance(error, Exception):
+        trace.about(ended=str(error) or type(error).__name__)
+
+
+def _budget(config: ModelConfig, device: Device, options: Options, ducks_bytes: int) -> Budget:
+    """ducks_bytes: what ducks on this machine are about to take."""
+    free = memory.free_bytes() if device.name == "cpu" else device.free_bytes()
+    if free is not None and device.name == "cpu":
+        free -= ducks_bytes
+    return plan_memory(
+        config,
+        device=device.name,
+        free_bytes=free,
+        dtype=device.dtype_name,
+        kv=options.kv,
+        indexer=options.indexer,
+        max_len=options.max_len,
+    )
+
+
 def _report(
-    checkpoint: Checkpoint, model: Transformer, plan: Plan, attached: Sequence[Mapping[str, Any]]
+    checkpoint: Checkpoint,
+    model: Transformer,
+    budget: Budget,
+    plan: Plan,
+    attached: Sequence[Mapping[str, Any]],
 ) -> LoadReport:
     source_bytes = checkpoint.experts_nbytes(model.config)
     return LoadReport(
         tuple(model.tally.categories.values()),
-        model.new_cache(1).nbytes,
+        model.holding.token_nbytes(model.config),
+        budget,
         [
             DuckLoad.of(
                 f"duck {duck}", part, plan.columns, len(plan.layers), source_bytes, attached[duck]

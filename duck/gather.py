@@ -41,6 +41,13 @@ class Gather:
             self._missing -= 1
         return True
 
+    def note_whole(self, duck: int) -> None:
+        """Note all of a duck's answer at once, whatever was noted of it before."""
+        if self._left[duck]:
+            self._seen[duck] = (1 << self._fragments) - 1
+            self._left[duck] = 0
+            self._missing -= 1
+
     @property
     def complete(self) -> bool:
         """Every duck's answer is whole."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from duck.plan.closed import Times
 from duck.schedule import Average
+
+LATE_SAMPLES = 4096
 
 
 @dataclass
@@ -57,11 +59,13 @@ class Stages:
     def __init__(self, ducks: int) -> None:
         self._device_s = self._ducks_s = self._wire_s = 0.0
         self._each_duck_s = [0.0] * ducks
+        self.late_s: deque[float] = deque(maxlen=LATE_SAMPLES)  # how late the event loop was lately
         self._device: dict[tuple[str, int], Average] = {}
         self._asks: dict[int, tuple[Average, Average]] = {}  # (duck, wire) of asks of n rows
 
-    def worked(self, stage: str, rows: int, seconds: float) -> None:
-        """The device did a piece of work."""
+    def worked(self, stage: str, rows: int, seconds: float, *, late: float) -> None:
+        """The device did a piece of work; late: seconds until the loop heard."""
+        self.late_s.append(late)
         self._device_s += seconds
         self._device.setdefault((stage, rows), Average()).add(seconds)
 
@@ -78,6 +82,11 @@ class Stages:
         duck_mean, wire_mean = self._asks.setdefault(rows, (Average(), Average()))
         duck_mean.add(compute)
         wire_mean.add(wire)
+
+    def late_p99_s(self) -> float:
+        """The 99th percentile of how late the event loop was lately; 0 before anything ran."""
+        ordered = sorted(self.late_s)
+        return ordered[len(ordered) * 99 // 100] if ordered else 0.0
 
     def totals(self) -> Totals:
         """The sums so far."""

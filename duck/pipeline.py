@@ -27,14 +27,14 @@ from duck.device import Ran, Stage
 from duck.draft import Bet, Outcome, Settled, settle
 from duck.errors import DuckError
 from duck.meter import Meter, Stages
-from duck.model.attention import KVCache
+from duck.model.cache import KVCache
 from duck.model.router import Routed
 from duck.placement import Plan
 from duck.sampling import Sampling
 from duck.schedule import Chooser, Policy, Way, chunks
 from duck.session import Session
 from duck.steps import Steps
-from duck.trace import OFF, Trace
+from duck.trace import LATE, OFF, Trace
 
 # Rows of one prefill lane. Long enough that ducks read each expert once for many rows, short enough
 # that a row set of all ducks' answers stays small and a cancelled prompt ends soon.
@@ -169,6 +169,11 @@ class Lane:
         if self.ask is not None:
             self.ask.close()
             self.ask = None
+
+    def retire(self) -> None:
+        """Forget all but that its KV is written: others may be behind it for a while yet."""
+        self.release()
+        self.make, self.ids, self.behind = list, {}, None
 
     def wrote(self, layer: int) -> None:
         """The KV of this layer and all before it is in the cache."""
@@ -320,12 +325,15 @@ class Pipeline:
 
     async def _compute(self, stage: Stage, work: Callable[[], Result]) -> Result:
         ran = await self._device.run(stage, work)
-        self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun)
+        self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun, late=ran.late)
         if self._trace.on:
+            self._trace.count("loop late ms", ran.ended + ran.late, ran.late * 1e3)
             self._trace.span(
                 "device", stage.name, ran.begun, ran.ended, stage.layer,
                 lane=stage.lane, session=stage.session, rows=stage.rows,
             )  # fmt: skip
+            now = self._clock()
+            self._trace.count(LATE, now, (now - ran.ended) * 1e6)
         return ran.result
 
     def _arrived(self, ask: FlyingAsk, layer: Layer, lane: Lane, ids: np.ndarray) -> None:
@@ -351,13 +359,14 @@ class Pipeline:
         layer while that one's experts are computed. `done` gets the chunks in order, each with its
         (rows, hidden).
         """
-        flying: deque[tuple[Span, asyncio.Task[list[Tensor]]]] = deque()
+        flying: deque[tuple[Lane, asyncio.Task[list[Tensor]]]] = deque()
         position, before = session.length, None
 
         async def land() -> None:
-            span, task = flying.popleft()
+            lane, task = flying.popleft()
             [h] = await task
-            await done(span, h)
+            lane.retire()
+            await done(lane.spans[0], h)
 
         with ExitStack() as lanes:
             async with _together() as group:
@@ -366,7 +375,7 @@ class Pipeline:
                         await land()
                     span = Span(session, chunk, position)
                     lane = lanes.enter_context(Lane([span], self._embed([span]), behind=before))
-                    flying.append((span, group.create_task(self.forward(lane, policy))))
+                    flying.append((lane, group.create_task(self.forward(lane, policy))))
                     position, before = position + len(chunk), lane
                 while flying:
                     await land()
@@ -424,23 +433,22 @@ class Pipeline:
         When the guess equals the token then settled, its row counts too; else the next step
         overwrites its KV.
         """
-        with self._steps.joined():
-            first = await self._first(session, sampling)
-            session.tokens.append(first.token)
-            yield first
-            index = 1
-            while index < limit:
-                if self._mtp is not None and session.unfed > UNFED_ROWS:
-                    await self._feed(self._mtp, session)
-                session.reserve(session.length + 2)
-                # A guess is worth its row only if the step could settle two more tokens.
-                bet = Bet(session, sampling, meter, may_draft=limit - index > 1)
-                outcome = await self._steps.step(bet)
-                self._apply(bet, outcome, index)
-                for settled in outcome.settled:
-                    session.tokens.append(settled.token)
-                    index += 1
-                    yield settled
+        first = await self._first(session, sampling)
+        session.tokens.append(first.token)
+        yield first
+        index = 1
+        while index < limit:
+            if self._mtp is not None and session.unfed > UNFED_ROWS:
+                await self._feed(self._mtp, session)
+            session.reserve(session.length + 2)
+            # A guess is worth its row only if the step could settle two more tokens.
+            bet = Bet(session, sampling, meter, may_draft=limit - index > 1)
+            outcome = await self._steps.step(bet)
+            self._apply(bet, outcome, index)
+            for settled in outcome.settled:
+                session.tokens.append(settled.token)
+                index += 1
+                yield settled
 
     async def _first(self, session: Session, sampling: Sampling) -> Settled:
         """The token after the prompt, from the hidden row that prefill left."""
@@ -503,7 +511,8 @@ class Pipeline:
             outcomes = await self._settle(bets, guesses, hidden)
         for bet in bets:
             bet.meter.schedules[way.policy.name] += 1
-            bet.meter.experts(*_experts_of(bet.session, lanes))
+            if lanes[0].ids:  # else only the MTP layer has experts
+                bet.meter.experts(*_experts_of(bet.session, lanes))
         self._note(bets, outcomes, way, begun)
         return outcomes
 
@@ -566,15 +575,12 @@ class Pipeline:
         proposed = sum(outcome.guess is not None for outcome in outcomes)
         if way.draft and not proposed:
             return  # an answer's last token: such a step tells nothing about drafts
-        sessions = self._steps.sessions
         accepted = sum(len(outcome.settled) - 1 for outcome in outcomes)
-        due = self.chooser.note(
-            way, ended - begun, sessions=sessions, proposed=proposed, accepted=accepted
-        )
-        if due:
+        if self.chooser.note(way, ended - begun, proposed=proposed, accepted=accepted):
             moe = sum(layer.is_moe for layer in self._model.layers)
             times = self.stages.times(moe, len(self._model.layers) - moe)
-            choice = self.chooser.decide(times, sessions=sessions)
+            sessions = self._steps.sessions
+            choice = self.chooser.decide(way, times, sessions=sessions)
             _log.info("schedule_chosen", way=str(choice.way), sessions=sessions, why=choice.why)
 
     # score

@@ -13,6 +13,7 @@ from typing import Any
 from duck.errors import ConfigError
 from duck.model.chat import encode_chat
 from duck.model.config import ModelConfig
+from duck.model.holding import max_length
 from duck.model.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -24,13 +25,15 @@ class Prompts:
 
     Args:
         folder: the model's.
+        max_len: tokens a session may hold, if fewer than the model's context.
 
     Raises:
-        ConfigError: the folder, its config.json or its tokenizer cannot be used.
+        ConfigError: the folder, its config.json or its tokenizer cannot be used, or max_len.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_len: int | None = None) -> None:
         self.config = ModelConfig.load(folder)
+        self.max_len = max_length(self.config, max_len)
         has_text = (folder / "tokenizer.json").is_file()
         self.tokenizer = Tokenizer.load(folder) if has_text else None
 
@@ -63,34 +66,20 @@ class Prompts:
                 f"the tokenizer gives id {max(ids)}, the model's vocabulary has ids "
                 f"0..{self.config.vocab_size - 1}: tokenizer.json is of another model"
             )
-        if len(ids) + answer > self.config.max_context:
+        if len(ids) + answer > self.max_len:
             wants = ", and an answer needs one" if answer else ""
             raise ConfigError(f"the prompt has {len(ids)} tokens; {self.context()}{wants}")
         return ids
 
     def limit(self, prompt_tokens: int, max_tokens: int) -> int:
-        """How many tokens may be answered: at most max_tokens, and what the context leaves.
-
-        Raises:
-            ConfigError: the model's own context is longer than what this version can run of it.
-        """
-        room = self.config.max_context - prompt_tokens
-        if room < max_tokens and self.config.max_context < self.config.max_position_embeddings:
-            raise ConfigError(
-                f"{prompt_tokens} prompt tokens and {max_tokens} to answer: {self.context()}; "
-                f"ask for at most {room}"
-            )
-        return min(max_tokens, room)
+        """How many tokens may be answered: at most max_tokens, and what the length leaves."""
+        return min(max_tokens, self.max_len - prompt_tokens)
 
     def context(self) -> str:
         """The longest sequence, in words."""
-        limit = self.config.max_context
-        if limit < self.config.max_position_embeddings:
-            return (
-                f"this version runs {self.config.model_type} up to index_topk = {limit} tokens "
-                "(beyond them it needs sparse attention)"
-            )
-        return f"the model's context is {limit} tokens"
+        if self.max_len < self.config.max_position_embeddings:
+            return f"a session holds {self.max_len} tokens (--max-len)"
+        return f"the model's context is {self.max_len} tokens"
 
     def _checked(self, id_: Any) -> int:
         vocabulary = self.config.vocab_size

@@ -12,6 +12,7 @@ from typing import Any
 
 from duck.errors import ConfigError
 from duck.trace import DUCKS, FORMAT, HOST, NO_LAYER, Span, Trace
+from duck.wire import plain
 
 # Far above what `Trace` writes; a small compressed file could claim to hold any amount.
 LARGEST = 1 << 30
@@ -50,6 +51,7 @@ class Recording:
     facts: Mapping[str, Any]
     spans: list[Span]  # of the device, the loop and other tracks of the host
     asks: list[Asked]
+    counters: dict[str, list[tuple[float, float]]]  # (time, value) by name
     dropped: int  # records that were too old to be in the file
 
     def on(self, track: str, name: str | None = None) -> list[Span]:
@@ -115,16 +117,24 @@ def _recording(document: Any) -> Recording:
         raise _Wrong("traceEvents is no list")
     dropped = about.get("dropped")
     lost = dropped.values() if isinstance(dropped, dict) else ()
-    found = Recording(tuple(names), about, [], [], sum(n for n in lost if isinstance(n, int)))
+    found = Recording(
+        tuple(plain(name)[:_TEXT] for name in names),
+        about,
+        [],
+        [],
+        {},
+        sum(n for n in lost if isinstance(n, int)),
+    )
     answers: list[tuple[int, int, Answer]] = []
     by_number: dict[int, Asked] = {}
     for number, event in enumerate(events):
         if not isinstance(event, dict):
             raise _Wrong(f"event {number} is no object")
-        if event.get("ph") != "X":
-            continue
         try:
-            _event(found, by_number, answers, event)
+            if event.get("ph") == "X":
+                _event(found, by_number, answers, event)
+            elif event.get("ph") == "C":
+                _counter(found, event)
         except _Wrong as wrong:
             raise _Wrong(f"event {number}: {wrong}") from None
     for ask, duck, answer in answers:
@@ -168,6 +178,15 @@ def _event(
         found.spans.append(Span(track, name, layer, start, end, args))
 
 
+def _counter(found: Recording, event: dict[str, Any]) -> None:
+    args = event.get("args")
+    value = args.get("value") if isinstance(args, dict) else None
+    if not isinstance(value, int | float) or not abs(value) < 1e15:
+        raise _Wrong(f"value is {value!r:.40}, want a number")
+    at = _number(event, "ts")
+    found.counters.setdefault(_name(event, "name"), []).append((at, float(value)))
+
+
 def _ids(row: Any) -> bool:
     return isinstance(row, list) and all(type(expert) is int for expert in row)
 
@@ -176,7 +195,7 @@ def _name(values: Mapping[str, Any], key: str) -> str:
     value = values.get(key)
     if not isinstance(value, str) or len(value) > _TEXT:
         raise _Wrong(f"{key} is {value!r:.40}, want a short text")
-    return value
+    return plain(value)  # nobody's terminal is to obey a file
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:

@@ -256,6 +256,7 @@ class HostHalf:
         self._past: dict[int, _Past] = {}
         self._answers = [Patience() for _ in range(ducks)]  # from the ask to the answer
         self._echoes = [Patience() for _ in range(ducks)]  # from a NACK to what it asks for
+        self.missed = [0] * ducks  # asks in a row of which nothing came to a duck but when asked
         self._reorder_s = [0.0] * ducks  # how long fragments may be overtaken by the last
         # What came since `settle`.
         self._partial: list[tuple[_Owed, int]] = []
@@ -315,6 +316,7 @@ class HostHalf:
         mark = 1 << duck
         if missing == owed.full and not (owed.nacked | owed.probed) & mark:
             self._answers[duck].sample(now - owed.sent_at)
+            self.missed[duck] = 0
         elif owed.nacked & mark and owed.tries[duck] == 1:
             self._echoes[duck].sample(now - owed.asked_at[duck])
         owed.tries[duck] = 0
@@ -364,6 +366,9 @@ class HostHalf:
             self.counts.limited += 1
             return
         owed.served_at[duck] = now
+        # It has at most the last fragment, which we sent it when it gave no sign.
+        last = 1 << owed.ask_fragments - 1
+        self.missed[duck] = self.missed[duck] + 1 if wanted | last == full else 0
         owed.probed |= 1 << duck
         self._wait(owed, duck, self._answers[duck].wait_s, now)
         self._wanted.setdefault(header.ticket, {})[duck] = wanted

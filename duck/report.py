@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from duck.budget import Budget
 from duck.memory import readable
 from duck.model.tally import Category
 
@@ -56,6 +57,7 @@ class LoadReport:
 
     host: Sequence[Category]
     kv_bytes_per_token: int
+    memory: Budget
     ducks: Sequence[DuckLoad]
 
     def to_json(self) -> dict[str, Any]:
@@ -63,6 +65,7 @@ class LoadReport:
         return {
             "host": [asdict(category) for category in self.host],
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "memory": self.memory.to_json(),
             "ducks": [asdict(duck) for duck in self.ducks],
         }
 
@@ -72,7 +75,8 @@ class LoadReport:
         for category in self.host:
             sizes = (readable(category.source_bytes), readable(category.resident_bytes))
             host.add_row(category.name, str(category.tensors), *sizes)
-        host.add_row("KV cache", "", "", f"{self.kv_bytes_per_token / 1024:.1f} KiB a token")
+        per_token = f"{self.kv_bytes_per_token / 1024:.1f} KiB a token"
+        host.add_row(f"KV cache, {self.memory.holding.kv}", "", "", per_token)
         return host, ducks_table(self.ducks)
 
 

@@ -131,36 +131,33 @@ class Chooser:
 
     def way(self, sessions: int) -> Way:
         """How the next step is run while so many sessions want to go on."""
-        choosing = self._choosing(sessions)
+        choosing = self._several if sessions > 1 else self._one
         return choosing.next() if choosing else self._fixed
 
-    def note(
-        self, way: Way, seconds: float, *, sessions: int, proposed: int, accepted: int
-    ) -> bool:
+    def note(self, way: Way, seconds: float, *, proposed: int, accepted: int) -> bool:
         """Learn from a step. True when it is time to `decide`.
 
         proposed, accepted: guesses made, and those that were right.
         """
         for number in range(proposed):
             self._accept.add(float(number < accepted))
-        choosing = self._choosing(sessions)
+        choosing = self._several if way.policy is PINGPONG else self._one
         return choosing.note(way, seconds) if choosing else False
 
-    def decide(self, times: Times, *, sessions: int) -> Choice:
+    def decide(self, way: Way, times: Times, *, sessions: int) -> Choice:
         """Take the way that promises most; a change needs GAIN, and to be the better one twice.
 
+        way: of the step after which it was time.
         times: as measured, but for how often guesses are right, which is known here.
         """
-        choosing = self._choosing(sessions)
+        choosing = self._several if way.policy is PINGPONG else self._one
         assert choosing is not None
+        sessions = max(2, sessions) if way.policy is PINGPONG else 1
         times = replace(times, accept=self._accept.value)
         speeds = {way: tokens_per_second(way, times, sessions) for way in choosing.candidates}
-        way = choosing.decide(speeds)
-        promised = ", ".join(f"{way} {speed:.1f} tok/s" for way, speed in speeds.items())
-        return Choice(way, f"{promised}; measured {_told(times)}")
-
-    def _choosing(self, sessions: int) -> _Choosing | None:
-        return self._several if sessions > 1 else self._one
+        chosen = choosing.decide(speeds)
+        promised = ", ".join(f"{each} {speed:.1f} tok/s" for each, speed in speeds.items())
+        return Choice(chosen, f"{promised}; measured {_told(times)}")
 
 
 class _Choosing:

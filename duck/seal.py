@@ -38,13 +38,16 @@ _HEAD_BYTES = 28  # of the header: all but its checksum
 # them new; the others are along for the ride.
 _NONCE = slice(8, 20)
 _BY_TICKET = frozenset({Kind.ASK, Kind.ANSWER})
+_ANSWER = int(Kind.ANSWER)  # every one of a round is compared with it
 
 Bytes = bytes | bytearray | memoryview
 
 
 def overhead(kind: Kind) -> int:
     """How much longer a sealed message of this kind is than its body."""
-    return TAG_BYTES if kind in _BY_TICKET else _COUNTER.size + TAG_BYTES
+    if kind is Kind.ANSWER or kind is Kind.ASK:
+        return TAG_BYTES
+    return _COUNTER.size + TAG_BYTES
 
 
 # --- keys
@@ -228,7 +231,7 @@ class Opener:
         """
         kind = head[3]
         cipher = self._ciphers.get(kind) or self._cipher(kind)
-        if kind == Kind.ANSWER:
+        if kind == _ANSWER:
             return self._decrypt(cipher, head[_NONCE], head, sealed, out)
         fragment = 0
         if kind == Kind.ASK:

@@ -66,8 +66,7 @@ class Session:
 
     def reserve(self, capacity: int) -> None:
         """Make room for that many positions."""
-        if capacity > self.cache.capacity:
-            self.cache.grow(max(capacity, self.cache.capacity * 3 // 2))
+        self.cache.grow(capacity)
 
     def rewind_to(self, prompt: Sequence[int]) -> Sequence[int]:
         """Keep what `prompt` shares with the tokens so far; returns the rest of it, never empty.

@@ -9,8 +9,7 @@ between any two steps, and no task outlives the session that runs it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -48,19 +47,14 @@ class Steps(Generic[Asked, Given]):
     ) -> None:
         self._run, self._chooser = run, chooser
         self._waiting: list[_Place[Asked, Given]] = []
-        self.sessions = 0  # that ask for steps
-        self._running = 0
+        self._running = 0  # steps
+        self._stepping = 0  # sessions in them
         self._forming = False
 
-    @contextmanager
-    def joined(self) -> Iterator[None]:
-        """Held by a session as long as it will ask for steps."""
-        self.sessions += 1
-        try:
-            yield
-        finally:
-            self.sessions -= 1
-            self._form_soon()
+    @property
+    def sessions(self) -> int:
+        """How many sessions are in a step or wait for one."""
+        return len(self._waiting) + self._stepping
 
     async def step(self, wish: Asked) -> Given:
         """One step for this session, alone or with others.
@@ -109,7 +103,7 @@ class Steps(Generic[Asked, Given]):
             raise _TryAlone from None
         finally:
             done.set_result(None)
-            self._ended()
+            self._ended(group)
 
     def _leave(self, place: _Place[Asked, Given]) -> None:
         """The session of this place was cancelled while it waited."""
@@ -117,15 +111,16 @@ class Steps(Generic[Asked, Given]):
             self._waiting.remove(place)
         elif place.leads is not None:  # it was told to lead in the same turn
             self._disband(place.leads.places[1:], alone=False)
-            self._ended()
+            self._ended(place.leads)
 
     def _disband(self, places: Sequence[_Place[Asked, Given]], *, alone: bool) -> None:
         for place in places:
             place.alone = alone
             place.tell(None)
 
-    def _ended(self) -> None:
+    def _ended(self, group: _Group[Asked, Given]) -> None:
         self._running -= 1
+        self._stepping -= len(group.places)
         self._form_soon()
 
     def _form_soon(self) -> None:
@@ -138,8 +133,9 @@ class Steps(Generic[Asked, Given]):
         self._forming = False
         if not self._waiting:
             return
-        way = self._chooser.way(self.sessions)
-        at_once, each = way.policy.grouping(self.sessions, 2 if way.draft else 1)
+        sessions = self.sessions
+        way = self._chooser.way(sessions)
+        at_once, each = way.policy.grouping(sessions, 2 if way.draft else 1)
         while self._waiting and self._running < at_once:
             first = self._waiting[0]
             places = [place for place in self._waiting if not place.alone][:each]
@@ -150,6 +146,7 @@ class Steps(Generic[Asked, Given]):
             first.leads = _Group(way, places)
             first.tell(first.leads)
             self._running += 1
+            self._stepping += len(places)
 
 
 class _TryAlone(Exception):

@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from duck.errors import ConfigError
 from duck.plan.closed import Times
 from duck.plan.simulate import SCHEDULES, simulate
 from duck.recording import Asked, Recording
-from duck.trace import Span
+from duck.trace import LATE, Span
+from duck.wire import plain
 
 # A duck that its asks wait for by less than this share of them is no straggler.
 NOTABLE = 0.01
@@ -68,6 +70,7 @@ class Summary:
     """The figures of one trace."""
 
     schedule: str
+    ended: str | None  # by which error the run ended
     steps: int
     step_ms: float  # mean
     settled: int  # tokens
@@ -82,6 +85,7 @@ class Summary:
     straggler: str | None
     straggler_why: str
     common_experts: float | None  # share of a row's experts that its neighbour has too
+    late_us: float | None  # how late the loop heard of the device, 99 of 100 times less
     predicted_ms: float | None  # a step of these stages under this schedule
     dropped: int  # records that were too old to be in the file
 
@@ -120,10 +124,11 @@ def summarize(recording: Recording) -> Summary:
         Stage(name, us / 1e3, us / total, max(0.0, total - us) / 1e3) for name, us in busy.items()
     ]
     ducks, straggler, why = _ducks(recording, asks, total, computing)
-    schedules = Counter(str(span.args.get("schedule", "unknown")) for span in steps)
+    schedules = Counter(_text(span.args.get("schedule", "unknown")) for span in steps)
     schedule = schedules.most_common(1)[0][0] if schedules else "unknown"
     return Summary(
         schedule=schedule,
+        ended=_text(recording.facts["ended"]) if "ended" in recording.facts else None,
         steps=len(steps),
         step_ms=statistics.fmean(span.end - span.start for span in steps) / 1e3 if steps else 0.0,
         settled=sum(n for span in steps if type(n := span.args.get("settled")) is int),
@@ -138,9 +143,15 @@ def summarize(recording: Recording) -> Summary:
         straggler=straggler,
         straggler_why=why,
         common_experts=_common(asks, steps),
+        late_us=_late(recording, inside),
         predicted_ms=_predicted(schedule, steps, device, asks),
         dropped=recording.dropped,
     )
+
+
+def _text(value: object) -> str:
+    """What a file holds as a text that no terminal obeys."""
+    return plain(str(value))[:200]
 
 
 def _efficiency(stages: Sequence[float], time: float) -> float:
@@ -178,8 +189,11 @@ class _Inside:
         self._starts = [start for start, _ in times]
 
     def __call__(self, thing: Span | Asked) -> bool:
-        found = bisect.bisect_right(self._starts, thing.start) - 1
-        return found >= 0 and thing.start < self._times[found][1]
+        return self.at(thing.start)
+
+    def at(self, moment: float) -> bool:
+        found = bisect.bisect_right(self._starts, moment) - 1
+        return found >= 0 and moment < self._times[found][1]
 
 
 def _parts(device: Sequence[Span]) -> list[Part]:
@@ -280,6 +294,11 @@ def _common(asks: Sequence[Asked], steps: Sequence[Span]) -> float | None:
     return common / possible if possible else None
 
 
+def _late(recording: Recording, inside: _Inside) -> float | None:
+    found = sorted(value for at, value in recording.counters.get(LATE, ()) if inside.at(at))
+    return found[len(found) * 99 // 100] if found else None
+
+
 def _key(args: Mapping[str, Any]) -> str:
     return str(args.get("session"))
 
@@ -361,26 +380,31 @@ def tables(summary: Summary) -> list[Table]:
         ("exposed expert wait", f"{summary.exposed_wait:.0%} of the time"),
         ("idle of the busiest", f"{summary.idle_of_busiest:.0%}"),
         ("experts common to lanes", _percent(summary.common_experts)),
+        ("loop late, 99 of 100", _us(summary.late_us)),
     ]
     if summary.straggler:
         late = max(duck.behind_ms for duck in summary.ducks)
         text = f"{summary.straggler}: {late * 1e3:.0f} us an ask, {summary.straggler_why}"
         rows.append(("waited for most", text))
+    if summary.ended:
+        rows.append(("ended by", summary.ended))
     if summary.dropped:
         rows.append(("not in the file", f"{summary.dropped} older records"))
     for name, value in rows:
-        head.add_row(f"[dim]{name}[/dim]", value)
+        head.add_row(Text(name, "dim"), Text(value))
     stages = _table("stage", "busy ms", "share", "idle ms")
     for stage in summary.stages:
         share = f"{stage.share:.0%}"
         stages.add_row(stage.name, f"{stage.busy_ms:.1f}", share, f"{stage.idle_ms:.1f}")
     parts = _table("device work", "pieces", "median ms", "total ms")
     for part in summary.parts:
-        parts.add_row(part.name, str(part.count), f"{part.median_ms:.3f}", f"{part.total_ms:.1f}")
+        parts.add_row(
+            Text(part.name), str(part.count), f"{part.median_ms:.3f}", f"{part.total_ms:.1f}"
+        )
     ducks = _table("duck", "busy", "compute ms", "queue ms", "way ms", "GB/s", "last", "behind ms")
     for duck in summary.ducks:
         ducks.add_row(
-            duck.name, f"{duck.share:.0%}", f"{duck.compute_ms:.3f}", f"{duck.queue_ms:.3f}",
+            Text(duck.name), f"{duck.share:.0%}", f"{duck.compute_ms:.3f}", f"{duck.queue_ms:.3f}",
             f"{duck.way_ms:.3f}", "" if duck.gb_s is None else f"{duck.gb_s:.2f}",
             f"{duck.last:.0%}", f"{duck.behind_ms:+.3f}",
         )  # fmt: skip
@@ -394,6 +418,10 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 def _ms(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f} ms"
+
+
+def _us(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.0f} us"
 
 
 def _percent(value: float | None) -> str:

@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from duck.bars import bars
 from duck.bars import console as _console
+from duck.budget import Budget
 from duck.cli import write_json
 from duck.config import model_folder
 from duck.engine import Engine, Piece, logits_to_logprobs
@@ -44,6 +46,12 @@ def _runner() -> Iterator[asyncio.Runner]:
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         runner.close()
         signal.signal(signal.SIGINT, previous)
+
+
+def _tell_memory(budget: Budget, *, verbose: bool = False) -> None:
+    """What memory is for, before it is taken; like progress, for people alone."""
+    if verbose or sys.stderr.isatty():
+        _console.print(f"[dim]{budget}[/dim]", highlight=False, soft_wrap=True)
 
 
 def _write(text: str) -> None:
@@ -85,9 +93,11 @@ async def _generate(
     verbose: bool,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        Prompts(model_folder(model)).encode(prompt, chat=chat)  # a bad one costs no loading
+        prompts = Prompts(model_folder(model), options.get("max_len"))
+        prompts.encode(prompt, chat=chat)  # a bad one costs no loading
+        tell = partial(_tell_memory, verbose=verbose)
         with bars("loading") as progress:
-            opening = Engine.open(model, progress=progress, **options)
+            opening = Engine.open(model, progress=progress, planned=tell, **options)
             engine = await stack.enter_async_context(opening)
         if as_json:
             done = await engine.generate(prompt, sampling, chat=chat)
@@ -175,11 +185,12 @@ async def _score(
     as_json: bool,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        ids = Prompts(model_folder(model)).encode(prompt, answer=False)
+        prompts = Prompts(model_folder(model), options.get("max_len"))
+        ids = prompts.encode(prompt, answer=False)
         if len(ids) < 2:
             raise ConfigError("one token has no likelihood: give at least two")
         with bars("loading") as progress:
-            opening = Engine.open(model, progress=progress, **options)
+            opening = Engine.open(model, progress=progress, planned=_tell_memory, **options)
             engine = await stack.enter_async_context(opening)
         scored = await engine.score(ids, mtp=mtp)
         logits, tensors = (scored[0] if mtp else scored), {}
@@ -236,7 +247,7 @@ def chat(model: str, sampling: Sampling, options: Mapping[str, Any], *, system: 
         stack = contextlib.AsyncExitStack()
         try:
             with bars("loading") as progress:
-                opening = Engine.open(model, progress=progress, **options)
+                opening = Engine.open(model, progress=progress, planned=_tell_memory, **options)
                 engine = runner.run(stack.enter_async_context(opening))
             _Chat(runner, engine, sampling, system).loop()
         finally:

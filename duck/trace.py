@@ -35,12 +35,14 @@ from duck.errors import ConfigError
 # Newest records kept: at about 300 bytes a span and 170 for each duck of an ask this stays below
 # 100 MB, and the file below what a browser opens.
 SPANS = 150_000
-COUNTS = 50_000
+COUNTS = 150_000
 ASK_EVENTS = 400_000  # events that the asks become: each duck's span and flow
 
 NO_LAYER = -1
 HOST, DUCKS = 1, 2  # process ids in the file
 FORMAT = "duck trace 1"  # how a reader knows a file of ours
+# A counter: how late the event loop heard that the device was done, in microseconds.
+LATE = "loop late us"
 _FIRST = ("loop", "device", "net")  # the order of the tracks in the file; others follow
 # A flow is bound to the span around its time, which must lie inside the span, not on its edge.
 _INSIDE = 1e-9
@@ -151,7 +153,8 @@ class Trace:
         """The asks kept, in the order of recording."""
         found = []
         for layer, sent, done, ducks_us, ids, times, args in tuple(self._asks):
-            arrived = (done,) * len(self.ducks) if times is None else tuple(times)
+            # A time of 0 is of an answer whose arrival nobody noted.
+            arrived = tuple(at or done for at in times or (0.0,) * len(self.ducks))
             found.append(AskSpan(layer, len(ids), sent, done, tuple(ducks_us), arrived, ids, args))
         return found
 

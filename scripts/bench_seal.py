@@ -23,6 +23,7 @@ import numpy as np
 import uvloop
 
 from duck import log, seal, wire
+from duck.kernels import library
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.seal import Opener, Sealer, SessionKeys
@@ -79,11 +80,11 @@ async def rounds(transport: FlockTransport, count: int, rows: int) -> list[float
     deadline = asyncio.get_running_loop().time() + 600
     costs = []
     for _ in range(count):
-        begun = time.process_time_ns()
+        begun = time.thread_time_ns()
         landing = await transport.acquire(rows)
         ask = transport.ask(3, x, ids, weights, landing, deadline=deadline)
         await ask
-        costs.append((time.process_time_ns() - begun) / 1e3)
+        costs.append((time.thread_time_ns() - begun) / 1e3)
         ask.release()
     return costs
 
@@ -115,10 +116,10 @@ def microseconds(work: Callable[[int], object], count: int = 2000) -> float:
     """CPU time of one call, the best of five series."""
     best = float("inf")
     for series in range(5):
-        begun = time.process_time_ns()
+        begun = time.thread_time_ns()
         for number in range(count):
             work(series * count + number)
-        best = min(best, (time.process_time_ns() - begun) / count / 1e3)
+        best = min(best, (time.thread_time_ns() - begun) / count / 1e3)
     return best
 
 
@@ -150,11 +151,14 @@ def main() -> None:
     parser.add_argument("--transport", choices=("tcp", "multicast"), default="tcp")
     parser.add_argument("--ducks", type=int, default=32)
     parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=100, help="in each repeat")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--rounds", type=int, default=16, help="of one way before the other has its turn"
+    )
+    parser.add_argument("--repeats", type=int, default=80)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     log.configure("error", json=False)
+    library.native()  # compiled now if need be
 
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
@@ -180,7 +184,8 @@ def main() -> None:
     result["host_cpu_us"] = {way: statistics.median(costs) for way, costs in found.items()}
     ratios = [sealed / plain for plain, sealed in zip(*found.values(), strict=True)]
     result["sealed_to_plain"] = statistics.median(ratios)
-    result["sealed_to_plain_spread"] = [min(ratios), max(ratios)]
+    quarters = statistics.quantiles(ratios, n=4)
+    result["sealed_to_plain_quartiles"] = [quarters[0], quarters[2]]
     result["load_average"] = os.getloadavg()[0]
     if arguments.json:
         print(json.dumps(result))
@@ -193,8 +198,9 @@ def main() -> None:
         print(f"  one answer, {name.removesuffix('_us'):9} {value:8.2f} us")
     for way, value in result["host_cpu_us"].items():
         print(f"  a round, {way:11}    {value:8.1f} us of host CPU")
-    low, high = result["sealed_to_plain_spread"]
-    print(f"  sealed / plain           {result['sealed_to_plain']:8.3f}   ({low:.3f}..{high:.3f})")
+    low, high = result["sealed_to_plain_quartiles"]
+    ratio = f"{result['sealed_to_plain']:.3f}, half of the turns {low:.3f}..{high:.3f}"
+    print(f"  sealed / plain              {ratio}")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def make_checkpoint(
     shards: int = 0,
     mtp_copies: bool = False,
     bias: tuple[float, float] = (0.0, 0.1),
+    attention: float = 2.0,
     tokenizer: bool = True,
     **config: Any,
 ) -> Path:
@@ -90,6 +91,7 @@ def make_checkpoint(
     mtp_copies: also write the MTP layer's copies of embedding and head.
     bias: mean and standard deviation of e_score_correction_bias; a mean of -1 makes the biased
         scores negative.
+    attention: how far from flat it is, and what it weighs beside the rest.
     config: keys of config.json that differ from CONFIG.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def make_checkpoint(
 
     rng = np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
-    for name, size, std, kind in _parameters(shape, bias):
+    for name, size, std, kind in _parameters(shape, bias, attention):
         values = rng.standard_normal(size, dtype=np.float32) * np.float32(std)
         if kind == "norm":
             values = 1 + values
@@ -172,7 +174,7 @@ def _quantise(
 
 
 def _parameters(
-    shape: Mapping[str, Any], bias: tuple[float, float]
+    shape: Mapping[str, Any], bias: tuple[float, float], attention: float
 ) -> Iterator[tuple[str, tuple[int, ...], float, str]]:
     """(name, shape, standard deviation, kind): "linear" (fp8), "bf16", "norm", "f32" or "bias"."""
     hidden, vocab = shape["hidden_size"], shape["vocab_size"]
@@ -181,7 +183,7 @@ def _parameters(
     tied = shape["tie_word_embeddings"]
     yield "model.embed_tokens.weight", (vocab, hidden), head if tied else 1.0, "bf16"
     for layer in range(layers + mtp):
-        yield from _layer(shape, layer, bias)
+        yield from _layer(shape, layer, bias, attention)
     yield "model.norm.weight", (hidden,), 0.1, "norm"
     if not tied:
         yield "lm_head.weight", (vocab, hidden), head, "bf16"
@@ -193,7 +195,7 @@ def _parameters(
 
 
 def _layer(
-    shape: Mapping[str, Any], layer: int, bias: tuple[float, float]
+    shape: Mapping[str, Any], layer: int, bias: tuple[float, float], attention: float
 ) -> Iterator[tuple[str, tuple[int, ...], float, str]]:
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     nope, rotary, value = (shape[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
@@ -212,16 +214,16 @@ def _layer(
     yield f"{name}.post_attention_layernorm.weight", (hidden,), 0.1, "norm"
     q_width = heads * (nope + rotary)
     if q_rank is None:
-        yield linear("self_attn.q_proj", q_width, hidden, gain=2)  # attention that is not flat
+        yield linear("self_attn.q_proj", q_width, hidden, gain=attention)
     else:
         yield linear("self_attn.q_a_proj", q_rank, hidden)
         yield f"{name}.self_attn.q_a_layernorm.weight", (q_rank,), 0.1, "norm"
-        yield linear("self_attn.q_b_proj", q_width, q_rank, gain=2)
+        yield linear("self_attn.q_b_proj", q_width, q_rank, gain=attention)
     yield linear("self_attn.kv_a_proj_with_mqa", rank + rotary, hidden)
     yield f"{name}.self_attn.kv_a_layernorm.weight", (rank,), 0.1, "norm"
     yield linear("self_attn.kv_b_proj", heads * (nope + value), rank)
-    yield linear("self_attn.o_proj", hidden, heads * value, gain=2)
-    if shape["model_type"] == "deepseek_v32":
+    yield linear("self_attn.o_proj", hidden, heads * value, gain=attention)
+    if "index_topk" in shape:
         index_heads, width = shape["index_n_heads"], shape["index_head_dim"]
         yield linear("self_attn.indexer.wq_b", index_heads * width, q_rank)
         yield linear("self_attn.indexer.wk", width, hidden)

@@ -23,10 +23,10 @@ from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
 from duck.transports.control import FlockTransport, Plane
-from duck.transports.faulty import Faults, FaultyPlane, disturb
+from duck.transports.faulty import Faults, FaultyPlane, FaultyUdpSocket, disturb, spoil_datagram
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.multicast import MulticastDuckPlane, MulticastTransport
+from duck.transports.multicast import MulticastDuckPlane, MulticastPlane, MulticastTransport
 from duck.transports.shm import ShmDuckPlane, ShmPlane, ShmTransport
 from duck.transports.tcp import TcpDuckPlane, TcpPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
@@ -182,7 +182,23 @@ class Multicast(MulticastTransport):
     """On the loopback interface with the packets of an Ethernet, so that messages are cut."""
 
     def __init__(self, addresses: Sequence[str], **more: Any) -> None:
-        super().__init__(addresses, network=Network(mtu=1500), **more)
+        super().__init__(addresses, plane=MulticastPlane(Network(mtu=1500)), **more)
+
+
+class FaultyMulticast(MulticastTransport):
+    """Over a network that loses, doubles, overtakes, delays and damages datagrams."""
+
+    def __init__(self, addresses: Sequence[str], **more: Any) -> None:
+        make_socket = partial(FaultyUdpSocket, out=_bad_network(4), back=_bad_network(5))
+        plane = MulticastPlane(Network(mtu=1500), make_socket)
+        super().__init__(addresses, plane=plane, **more)
+
+
+def _bad_network(seed: int) -> Faults[Any]:
+    return Faults(
+        seed, drop=0.05, duplicate=0.05, reorder=0.2, delay_s=0.001, corrupt=0.01,
+        spoil=spoil_datagram,
+    )  # fmt: skip
 
 
 # Every transport that keeps the contract; each is tested by the same suite.
@@ -197,6 +213,8 @@ MAKERS = {
     "tcp, faulty": partial(_behind_ports, FaultyTcp),
     "multicast": partial(_behind_ports, Multicast),
     "multicast with a key": partial(_behind_ports, Multicast, key=KEY),
+    "multicast, faulty": partial(_behind_ports, FaultyMulticast),
+    "multicast with a key, faulty": partial(_behind_ports, FaultyMulticast, key=KEY),
 }
 
 

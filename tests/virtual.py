@@ -27,7 +27,7 @@ from torch import Tensor
 from duck import wire
 from duck.device import OVERTAKEN, Ran, Stage
 from duck.meter import Meter
-from duck.model.attention import KVCache
+from duck.model.cache import KVCache, PlainRows
 from duck.model.router import Routed
 from duck.pipeline import Pipeline
 from duck.plan.closed import Times
@@ -287,9 +287,8 @@ class VirtualModel:
         self.mtp = _Mtp(_Layer(count, is_moe=True))
 
     def new_cache(self, capacity: int) -> KVCache:
-        return KVCache(
-            len(self.layers) + 1, 1, capacity, device=torch.device("cpu"), dtype=torch.float32
-        )
+        number = PlainRows(1, torch.float32, torch.float32)
+        return KVCache(len(self.layers) + 1, number, capacity, device=torch.device("cpu"))
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.float32)[:, None]

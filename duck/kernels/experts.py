@@ -9,10 +9,9 @@ Residents. Sums are float32, in one order whatever the rows, threads or processo
 and lossy, made from any checkpoint, and used only when somebody asks for them:
 
     int8   weights and inputs rounded to -127..127 steps of their row's group of 128: 8.3 bits a
-           weight. The layer's output is off by about 2 % rms. For prefill: integer products are
-           several times as fast.
-    int4   weights rounded to -8..7 steps of their row's group of 32, inputs as above: 4.5 bits a
-           weight, so half the memory and time of a duck; off by about 15 %.
+           weight. The layer's output is off by about 2 % rms. For prefill: twice as fast.
+    int4   weights rounded to -8..7 steps of their row's group of 32, inputs to -127..127 of such a
+           group: 4.5 bits a weight, so little more than half a duck's memory. Off by about 15 %.
 
 The layouts are those of `native/tile.h`, `native/dots.h` and `native/resident.h`.
 """

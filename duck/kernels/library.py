@@ -6,7 +6,17 @@ What the functions mean is said in `native/duck.h`. Calls release the GIL but th
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char_p, c_float, c_int, c_size_t, c_ssize_t, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    c_char_p,
+    c_float,
+    c_int,
+    c_size_t,
+    c_ssize_t,
+    c_uint8,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from functools import cache
 from typing import Any
 
@@ -48,6 +58,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_atomic_add_u32": (c_uint32, [c_void_p, c_uint32]),
     "duck_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
     "duck_message_put": (None, [c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t]),
+    "duck_message_check": (c_uint8, [c_void_p, c_void_p, c_size_t]),
     "duck_messages_get": (
         c_int,
         [c_void_p, c_size_t, c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p],
@@ -101,6 +112,13 @@ def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     library = swift() if size <= SWIFT_BYTES else native()
     value: int = library.duck_crc32c(crc, address_of(data), size)
     return value
+
+
+def check_message(address: int, nbytes: int, front: bytes) -> int:
+    """The state of a message of so many bytes in all; `front`: its header up to the checksum."""
+    library = swift() if nbytes <= SWIFT_BYTES else native()
+    state: int = library.duck_message_check(address, front, nbytes - 32)
+    return state
 
 
 def address_of(data: bytes | bytearray | memoryview) -> Any:

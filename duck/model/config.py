@@ -15,7 +15,7 @@ from typing import Any
 
 from duck.errors import ConfigError
 
-SUPPORTED = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
+SUPPORTED = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k2")
 """Values of `model_type` that this package runs; all are the same code with other flags."""
 
 
@@ -75,7 +75,10 @@ class ModelConfig:
     rope: Rope
     max_position_embeddings: int
     tie_word_embeddings: bool
-    index_topk: int | None  # keys a row attends to, of deepseek_v32; None: all
+    index_topk: int | None  # keys a row attends to, which the indexer picks; None: all
+    index_n_heads: int  # of the indexer; 0 without one
+    index_head_dim: int
+    indexer_rope_interleave: bool  # it turns pairs of neighbours, as the main attention does
     weight_block_size: tuple[int, int] | None  # (rows, columns) of one fp8 scale; None: not fp8
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -119,6 +122,8 @@ class ModelConfig:
         layers = keys.integer("num_hidden_layers", least=1)
         if layers > MOST_LAYERS:
             raise keys.error("num_hidden_layers", f"{layers} is more than {MOST_LAYERS}")
+        topk = keys.integer_or_none("index_topk", least=1)
+        glm = model_type == "glm_moe_dsa"
         config = cls(
             model_type=model_type,
             vocab_size=keys.integer("vocab_size", least=1),
@@ -156,7 +161,10 @@ class ModelConfig:
             rope=_rope(keys),
             max_position_embeddings=keys.integer("max_position_embeddings", least=1),
             tie_word_embeddings=keys.boolean("tie_word_embeddings", default=False),
-            index_topk=keys.integer_or_none("index_topk", least=1),
+            index_topk=topk,
+            index_n_heads=0 if topk is None else keys.integer("index_n_heads", least=1),
+            index_head_dim=0 if topk is None else keys.integer("index_head_dim", least=1),
+            indexer_rope_interleave=keys.boolean("indexer_rope_interleave", default=glm),
             weight_block_size=_block_size(keys),
             bos_token_id=keys.integer_or_none("bos_token_id", least=0),
             eos_token_ids=_eos(keys, _Keys(generation, str(folder / "generation_config.json"))),
@@ -175,17 +183,6 @@ class ModelConfig:
         # first_k_dense_replace never reaches the MTP layer: it is at most num_hidden_layers.
         return tuple(range(self.first_k_dense_replace, self.num_hidden_layers + self.mtp_layers))
 
-    @property
-    def max_context(self) -> int:
-        """Tokens a session may hold.
-
-        With index_topk a row attends to so many keys that an indexer picks. Up to that many tokens
-        it attends to all, and dense attention is exact; beyond, the indexer would be needed.
-        """
-        if self.index_topk is None:
-            return self.max_position_embeddings
-        return min(self.max_position_embeddings, self.index_topk)
-
     def _check(self, keys: _Keys) -> None:
         """Refuse what is set to something this package does not compute, or contradicts itself."""
         raw = keys.raw
@@ -202,8 +199,10 @@ class ModelConfig:
                 raise keys.error(key, f"{raw[key]!r} is not supported, only {allowed[0]!r}")
         if self.qk_rope_head_dim % 2:
             raise keys.error("qk_rope_head_dim", f"{self.qk_rope_head_dim} is odd")
-        if self.model_type == "deepseek_v32" and self.index_topk is None:
-            raise keys.error("index_topk", "missing, but deepseek_v32 needs it")
+        if self.model_type in ("deepseek_v32", "glm_moe_dsa") and self.index_topk is None:
+            raise keys.error("index_topk", f"missing, but {self.model_type} needs it")
+        if self.index_topk is not None:
+            self._check_indexer(keys)
         if self.model_type == "deepseek_v2" and self.norm_topk_prob:
             # Its authors skip the scaling factor then, others apply both: no checkpoint has it.
             raise keys.error("norm_topk_prob", "true is not supported for deepseek_v2")
@@ -232,6 +231,26 @@ class ModelConfig:
             for token in ids:
                 if token >= self.vocab_size:
                     raise keys.error(key, f"{token} is not below vocab_size {self.vocab_size}")
+
+    def _check_indexer(self, keys: _Keys) -> None:
+        width = self.index_head_dim
+        if self.q_lora_rank is None:
+            raise keys.error("q_lora_rank", "null, but the indexer (index_topk) reads that latent")
+        if width & (width - 1):
+            raise keys.error("index_head_dim", f"{width} is no power of two")
+        shared = "layers that share a choice of keys are not supported"
+        for key in ("indexer_types", "index_topk_pattern"):
+            kinds = keys.raw.get(key) or []
+            if not isinstance(kinds, str | list) or any(
+                kind not in ("F", "full") for kind in kinds
+            ):
+                raise keys.error(key, shared)
+        if keys.integer("index_topk_freq", least=0, default=1) > 1:
+            raise keys.error("index_topk_freq", shared)
+        if width < self.qk_rope_head_dim:
+            raise keys.error(
+                "index_head_dim", f"{width} is below qk_rope_head_dim {self.qk_rope_head_dim}"
+            )
 
 
 class _Keys:

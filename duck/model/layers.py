@@ -13,6 +13,7 @@ from torch import Tensor
 
 from duck.kernels.reference.device import rms_norm, swiglu_f32
 from duck.model.tally import Tally
+from duck.model.tensors import Kind
 from duck.model.weights import Checkpoint
 
 _PART = 1 << 20
@@ -47,13 +48,17 @@ class Loader:
 
     def matrix(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """`<name>.weight`, (out, in), in the model's dtype unless another is asked for."""
-        return self._tensor("linears", f"{name}.weight", dtype or self.dtype)
+        return self._tensor("linear", f"{name}.weight", dtype or self.dtype)
+
+    def embedding(self) -> Tensor:
+        """model.embed_tokens, (vocab, hidden), in the model's dtype."""
+        return self._tensor("embedding", "model.embed_tokens.weight", self.dtype)
 
     def vector(self, name: str) -> Tensor:
         """A tensor whose arithmetic is float32 in every mode: norm weights, router, bias."""
-        return self._tensor("norms and routers", name, torch.float32)
+        return self._tensor("vector", name, torch.float32)
 
-    def _tensor(self, kind: str, name: str, dtype: torch.dtype) -> Tensor:
+    def _tensor(self, kind: Kind, name: str, dtype: torch.dtype) -> Tensor:
         info = self._checkpoint.info(name)
         with torch.inference_mode(False):  # which is per thread, and other threads write
             tensor = torch.empty(info.shape, dtype=dtype, device=self.device)
@@ -68,7 +73,8 @@ class Loader:
             if self._progress is not None:
                 self._progress(nbytes)
         held = str(dtype).removeprefix("torch.")
-        self.tally.add(kind, info.dtype, held, info.nbytes, tensor.nbytes)
+        source = info.nbytes + self._checkpoint.scale_nbytes(name)
+        self.tally.add(kind, info.dtype, held, source, tensor.nbytes)
         return tensor
 
 

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from duck.kernels.reference.device import linear_f32
-from duck.model.attention import Attention, KVCache
+from duck.model.attention import Attention
+from duck.model.cache import DTYPES, KVCache
 from duck.model.config import ModelConfig
+from duck.model.footprint import head_dtype
+from duck.model.holding import Holding
 from duck.model.layers import Loader, Mlp, Norm
 from duck.model.mtp import MtpModule
 from duck.model.rope import RopeTable
@@ -27,12 +30,19 @@ __all__ = ["DecoderLayer", "KVCache", "MtpModule", "Routed", "Transformer"]
 class DecoderLayer:
     """Attend, then dense, or route, shared and merge. Rows x: (T, hidden) in the model's dtype."""
 
-    def __init__(self, loader: Loader, config: ModelConfig, index: int, rope: RopeTable) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        config: ModelConfig,
+        holding: Holding,
+        index: int,
+        rope: RopeTable,
+    ) -> None:
         name, eps = f"model.layers.{index}", config.rms_norm_eps
         self.index = index
         self.is_moe = index in config.moe_layers
         self._input_norm = Norm(loader, f"{name}.input_layernorm", eps)
-        self._attention = Attention(loader, config, index, rope)
+        self._attention = Attention(loader, config, holding, index, rope)
         self._post_norm = Norm(loader, f"{name}.post_attention_layernorm", eps)
         self._mlp: Mlp | None = None  # the dense layer's MLP, or the shared expert
         if self.is_moe:
@@ -78,25 +88,28 @@ class DecoderLayer:
 class Transformer:
     """Embedding, layers, last norm, head, and the MTP module if the checkpoint has one."""
 
-    def __init__(self, loader: Loader, config: ModelConfig) -> None:
-        self.config, self.device, self.dtype = config, loader.device, loader.dtype
+    def __init__(self, loader: Loader, config: ModelConfig, holding: Holding) -> None:
+        self.config, self.holding = config, holding
+        self.device, self.dtype = loader.device, loader.dtype
         self.tally = loader.tally  # what was loaded
         rope = RopeTable(config.rope, config.qk_rope_head_dim, loader.device)
-        self._embedding = loader.matrix("model.embed_tokens")
+        self._embedding = loader.embedding()
         self.layers: Sequence[DecoderLayer] = [
-            DecoderLayer(loader, config, index, rope) for index in range(config.num_hidden_layers)
+            DecoderLayer(loader, config, holding, index, rope)
+            for index in range(config.num_hidden_layers)
         ]
         self._norm = Norm(loader, "model.norm", config.rms_norm_eps)
-        # Logits are float32. A GPU gets them from bf16 weights; a CPU would round them to bf16, and
-        # rounded logits tie.
-        head = torch.float32 if loader.device.type == "cpu" else loader.dtype
-        if config.tie_word_embeddings:
-            self._head = self._embedding.to(head)
+        head = head_dtype(holding, loader.device.type)
+        if not config.tie_word_embeddings:
+            self._head = loader.matrix("lm_head", DTYPES[head])
+        elif head == holding.dtype:
+            self._head = self._embedding
         else:
-            self._head = loader.matrix("lm_head", head)
+            self._head = self._embedding.to(DTYPES[head])
+            self.tally.add("linear", holding.dtype, head, 0, self._head.nbytes)
         self.mtp: MtpModule | None = None
         if config.mtp_layers:
-            layer = DecoderLayer(loader, config, config.num_hidden_layers, rope)
+            layer = DecoderLayer(loader, config, holding, config.num_hidden_layers, rope)
             self.mtp = MtpModule(loader, config, layer, self.embed)
 
     @classmethod
@@ -104,9 +117,9 @@ class Transformer:
         cls,
         checkpoint: Checkpoint,
         config: ModelConfig,
+        holding: Holding,
         *,
         device: torch.device,
-        dtype: torch.dtype,
         progress: Callable[[int, int], None] | None = None,
     ) -> Transformer:
         """Everything but the routed experts, after `checkpoint.check`.
@@ -116,8 +129,9 @@ class Transformer:
         Raises:
             WeightsError: a tensor is missing, misshaped or not numbers.
         """
-        checkpoint.check(config)
-        total = checkpoint.nbytes_without_experts(config)
+        indexer = holding.indexer is not None
+        checkpoint.check(config, indexer=indexer)
+        total = checkpoint.nbytes_without_experts(config, indexer=indexer)
         done = 0
 
         def step(nbytes: int) -> None:
@@ -126,19 +140,13 @@ class Transformer:
             if progress is not None:
                 progress(done, total)
 
+        dtype = DTYPES[holding.dtype]
         with Loader(checkpoint, device=device, dtype=dtype, progress=step) as loader:
-            return cls(loader, config)
+            return cls(loader, config, holding)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions of all layers, the MTP layer's included."""
-        config = self.config
-        return KVCache(
-            config.num_hidden_layers + config.mtp_layers,
-            config.kv_lora_rank + config.qk_rope_head_dim,
-            capacity,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        return KVCache.of(self.config, self.holding, capacity, device=self.device)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, hidden). Tokens are below vocab_size: the caller has checked them."""

@@ -31,6 +31,7 @@ from duck.errors import WeightsError
 from duck.files import open_regular
 from duck.kernels import fp8
 from duck.model.config import ModelConfig
+from duck.model.tensors import Wanted, wanted
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -202,12 +203,15 @@ class Checkpoint:
             return _finite(fp8.decode_e8m0(stored), scale)
         return _finite(_widen(stored, scale), scale)
 
-    def nbytes_without_experts(self, config: ModelConfig) -> int:
+    def scale_nbytes(self, name: str) -> int:
+        """Bytes of the scales beside a tensor as stored; 0 where it is not fp8."""
+        info = self.info(name)
+        return self._scale_info(info).nbytes if info.dtype == "F8_E4M3" else 0
+
+    def nbytes_without_experts(self, config: ModelConfig, *, indexer: bool = False) -> int:
         """Bytes of all tensors a model loads but for the routed experts; scales left out."""
         return sum(
-            self.info(want.name).nbytes
-            for want in _expected(config)
-            if ".mlp.experts." not in want.name
+            self.info(want.name).nbytes for want in wanted(config, indexer=indexer, experts=False)
         )
 
     def expert(self, layer: int, expert: int, columns: range) -> ExpertWeights:
@@ -242,14 +246,15 @@ class Checkpoint:
         """Bytes of all routed experts as stored, scales included."""
         return sum(info.nbytes for info in _experts(self, config))
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: ModelConfig, *, indexer: bool = False) -> None:
         """Every tensor the config calls for is there with its shape, dtype and scale, and no other.
 
-        Reads headers only. Raises WeightsError for the first tensor that is missing, misshaped or
-        unknown.
+        Reads headers only. The indexer's tensors are looked at with `indexer` only: a duck, or a
+        host that stays within index_topk tokens, has no use for them. Raises WeightsError for the
+        first tensor that is missing, misshaped or unknown.
         """
         known: set[str] = set()
-        for want in _expected(config):
+        for want in wanted(config, indexer=indexer):
             info = self._check_one(want, config)
             known.add(info.name)
             if info.dtype == "F8_E4M3":
@@ -262,12 +267,14 @@ class Checkpoint:
                     f"config.json calls for no tensor of that name"
                 )
 
-    def _check_one(self, want: _Expected, config: ModelConfig) -> TensorInfo:
+    def _check_one(self, want: Wanted, config: ModelConfig) -> TensorInfo:
         info = self.tensors.get(want.name)
         shape = list(want.shape)
         if info is None:
             hint = ""
-            if want.name.startswith(f"model.layers.{config.num_hidden_layers}."):
+            if ".indexer." in want.name:
+                hint = f" (of the indexer; --max-len {config.index_topk} would do without)"
+            elif want.name.startswith(f"model.layers.{config.num_hidden_layers}."):
                 hint = " (of the MTP layer; num_nextn_predict_layers 0 would do without)"
             raise WeightsError(f"{self.folder} has no tensor {want.name}, expected {shape}{hint}")
         if info.shape != want.shape:
@@ -451,82 +458,6 @@ def _middles(infos: Sequence[TensorInfo], count: int) -> dict[str, bytes]:
     return middles
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """A tensor that a config calls for; `quantisable`: it may be fp8 with a scale beside it."""
-
-    name: str
-    shape: tuple[int, ...]
-    quantisable: bool = False
-
-
-def shapes_without_experts(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor a model loads but for the routed experts and scales."""
-    wanted = _expected(config)
-    return {want.name: want.shape for want in wanted if ".mlp.experts." not in want.name}
-
-
-def _expected(config: ModelConfig) -> Iterator[_Expected]:
-    """Every tensor of a checkpoint but scales. Names and shapes: DeepSeek's published files."""
-    hidden = config.hidden_size
-    yield _Expected("model.embed_tokens.weight", (config.vocab_size, hidden))
-    for layer in range(config.num_hidden_layers + config.mtp_layers):
-        yield from _expected_layer(config, layer)
-    yield _Expected("model.norm.weight", (hidden,))
-    if not config.tie_word_embeddings:
-        yield _Expected("lm_head.weight", (config.vocab_size, hidden))
-    if config.mtp_layers:
-        prefix = f"model.layers.{config.num_hidden_layers}"
-        for norm in ("enorm", "hnorm", "shared_head.norm"):
-            yield _Expected(f"{prefix}.{norm}.weight", (hidden,))
-        yield _Expected(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden), quantisable=True)
-
-
-def _expected_layer(config: ModelConfig, layer: int) -> Iterator[_Expected]:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    q_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-    kv_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
-    prefix = f"model.layers.{layer}"
-
-    def linear(name: str, rows: int, columns: int) -> _Expected:
-        return _Expected(f"{prefix}.{name}.weight", (rows, columns), quantisable=True)
-
-    def norm(name: str, width: int) -> _Expected:
-        return _Expected(f"{prefix}.{name}.weight", (width,))
-
-    def mlp(name: str, width: int) -> Iterator[_Expected]:
-        yield linear(f"{name}.gate_proj", width, hidden)
-        yield linear(f"{name}.up_proj", width, hidden)
-        yield linear(f"{name}.down_proj", hidden, width)
-
-    yield norm("input_layernorm", hidden)
-    yield norm("post_attention_layernorm", hidden)
-    rank = config.q_lora_rank
-    if rank is None:
-        yield linear("self_attn.q_proj", q_width, hidden)
-    else:
-        yield linear("self_attn.q_a_proj", rank, hidden)
-        yield norm("self_attn.q_a_layernorm", rank)
-        yield linear("self_attn.q_b_proj", q_width, rank)
-    latent = config.kv_lora_rank
-    yield linear("self_attn.kv_a_proj_with_mqa", latent + config.qk_rope_head_dim, hidden)
-    yield norm("self_attn.kv_a_layernorm", latent)
-    yield linear("self_attn.kv_b_proj", kv_width, latent)
-    yield linear("self_attn.o_proj", hidden, heads * config.v_head_dim)
-    if layer < config.first_k_dense_replace:
-        yield from mlp("mlp", config.intermediate_size)
-        return
-    yield _Expected(f"{prefix}.mlp.gate.weight", (config.n_routed_experts, hidden))
-    if config.topk_method == "noaux_tc":
-        bias = f"{prefix}.mlp.gate.e_score_correction_bias"
-        yield _Expected(bias, (config.n_routed_experts,))
-    for expert in range(config.n_routed_experts):
-        yield from mlp(f"mlp.experts.{expert}", config.moe_intermediate_size)
-    if config.n_shared_experts:
-        width = config.n_shared_experts * config.moe_intermediate_size
-        yield from mlp("mlp.shared_experts", width)
-
-
 def _ignored(config: ModelConfig, names: Mapping[str, TensorInfo]) -> re.Pattern[str]:
     """Names beyond the expected ones that are known and not needed."""
     layer = config.num_hidden_layers
@@ -536,7 +467,7 @@ def _ignored(config: ModelConfig, names: Mapping[str, TensorInfo]) -> re.Pattern
         rf"model\.layers\.{layer}\.(embed_tokens|shared_head\.head)\.weight",
     ]
     if config.index_topk is not None:
-        # The indexer picks keys beyond index_topk; within it, attention is dense.
+        # Wanted only by a host whose sessions may pass index_topk tokens.
         patterns.append(r"model\.layers\.\d+\.self_attn\.indexer\..*")
     if config.tie_word_embeddings:
         patterns.append(r"lm_head\.weight")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -40,7 +41,7 @@ class Row:
 
     schedule: str
     sessions: int
-    step_ms: float
+    step_ms: float  # median
     simulated_ms: float
     bound_ms: float  # what no order of the same work can beat
     ratio: float  # measured by simulated
@@ -139,7 +140,7 @@ class _Run:
                     group.create_task(self._answer(pipeline, model)) for _ in range(self._sessions)
                 ]
             self._loop_s = time.thread_time() - begun
-            self._late_s = device.lateness_p99_s()
+            self._late_s = pipeline.stages.late_p99_s()
             self.tokens = answers[0].result()
         finally:
             await flock.close()
@@ -162,10 +163,9 @@ class _Run:
 
     def row(self, simulated_ms: float, loop_us: float) -> Row:
         ends = sorted(span.end for span in self.trace.spans() if span.name == "step")
-        ends = ends[: self._sessions * (self._steps + 1)]
-        # A step that settles two tokens ends once.
-        span = ends[-1] - ends[self._sessions - 1]
-        step_ms = span / self._steps * 1e3 / self._scale
+        # From an end to the next but so many of all sessions': one step of each lies between.
+        spans = [after - end for end, after in zip(ends, ends[self._sessions :], strict=False)]
+        step_ms = statistics.median(spans) * 1e3 / self._scale
         figures = summarize(recording_of(self.trace))
         busy = {stage.name: stage.share for stage in figures.stages}
         together = self._schedule != "wave"

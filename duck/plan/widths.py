@@ -24,13 +24,14 @@ from duck.device import Device, limit_threads, switching_fast
 from duck.emulate import EmulatedDevice
 from duck.flock import Flock
 from duck.meter import Meter
-from duck.model.attention import KVCache
+from duck.model.cache import KVCache
 from duck.model.config import ModelConfig, Rope, Yarn
+from duck.model.holding import Holding
 from duck.model.layers import Loader
 from duck.model.router import Routed
 from duck.model.tally import Tally
+from duck.model.tensors import Kind, wanted
 from duck.model.transformer import DecoderLayer, Transformer
-from duck.model.weights import shapes_without_experts
 from duck.pipeline import Layer, Pipeline
 from duck.placement import Plan
 from duck.plan.closed import ORIGINAL, Times
@@ -59,6 +60,7 @@ def v32(layers: int) -> ModelConfig:
         routed_scaling_factor=2.5, scoring_func="sigmoid", topk_method="noaux_tc",
         rms_norm_eps=1e-6, rope=Rope(10000.0, Yarn(40.0, 4096, mscale=1.0, mscale_all_dim=1.0)),
         max_position_embeddings=163840, tie_word_embeddings=False, index_topk=2048,
+        index_n_heads=64, index_head_dim=128, indexer_rope_interleave=False,
         weight_block_size=(128, 128), bos_token_id=0, eos_token_ids=(1,),
     )  # fmt: skip
 
@@ -148,6 +150,11 @@ def _given(attend_ms: float, shared_ms: float) -> Times:
     return Times(
         attend=attend_ms, shared=shared_ms, expert=0.0, dense=0.0, head=0.0, combine=0.0, host=0.0
     )
+
+
+def shapes_without_experts(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a host loads for short sessions."""
+    return {want.name: want.shape for want in wanted(config, experts=False)}
 
 
 def _host_bytes(config: ModelConfig, *, paced: bool) -> int:
@@ -251,7 +258,9 @@ class RandomModel:
     def __init__(self, config: ModelConfig, *, paced: bool) -> None:
         self._rng = torch.Generator().manual_seed(1)
         self._hidden, self._paced = config.hidden_size, paced
-        inner = Transformer(RandomLoader(config, virtual=paced), config)
+        # Short sessions, as the original's: no indexer.
+        holding = Holding.choose(config, dtype="float32", max_len=config.index_topk)
+        inner = Transformer(RandomLoader(config, virtual=paced), config, holding)
         assert inner.mtp is not None
         self._inner, self._mtp = inner, inner.mtp
         self.layers = [self._layer(layer) for layer in inner.layers]
@@ -343,7 +352,7 @@ class RandomLoader(Loader):
         self._made: dict[str, Tensor] = {}
         self._rng = torch.Generator().manual_seed(0)
 
-    def _tensor(self, kind: str, name: str, dtype: torch.dtype) -> Tensor:
+    def _tensor(self, kind: Kind, name: str, dtype: torch.dtype) -> Tensor:
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)

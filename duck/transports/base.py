@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +65,8 @@ class Rows:
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
         first = _ALIGN - wire.STAMP_BYTES
         self.landing = tuple(row.data[first:] for row in self._memory)
+        # The same with room for a frame's header before it, which may then come in one stretch.
+        self.framed = tuple(row.data[first - wire.HEADER_BYTES :] for row in self._memory)
         # The same for native code: where the first landing place is, and how far apart they are.
         self.address: int = self._memory.ctypes.data + first
         self.stride: int = self._memory.strides[0]
@@ -179,6 +181,7 @@ class Ask:
         "deadline",
         "done_at",
         "fragments",
+        "front",
         "gather",
         "layer",
         "rows",
@@ -195,6 +198,7 @@ class Ask:
         message = wire.STAMP_BYTES + table.plan.shape.answer_bytes(count)
         self.fragments = max(1, -(-message // wire.FRAME_LIMIT))
         self.gather = Gather(table.plan.ducks, self.fragments)
+        self.front = b""  # for planes: what the headers of its answers begin with
         self.sent_at = time.perf_counter()
         self.arrived_at = [0.0] * table.plan.ducks  # when each duck's answer was whole
         self.done_at = 0.0
@@ -273,19 +277,23 @@ class AskTable:
         Raises:
             WireError: it does not belong to this ask.
         """
-        if not ask.gather.note(duck, fragment, fragments) or not ask.gather.has(duck):
-            return
-        now = ask.arrived_at[duck] = time.perf_counter()
-        if ask.gather.complete:
-            del self.open_asks[ask.ticket]
+        if ask.gather.note(duck, fragment, fragments) and ask.gather.has(duck):
+            self._noted(ask, (duck,))
+
+    def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
+        """All of these ducks' verified answers lie in the row set, in however many fragments."""
+        for duck in ducks:
+            ask.gather.note_whole(duck)
+        self._noted(ask, ducks)
+
+    def _noted(self, ask: Ask, ducks: Iterable[int]) -> None:
+        now = time.perf_counter()
+        for duck in ducks:
+            ask.arrived_at[duck] = now
+        if ask.gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
             ask.done_at = now
             if not ask._future.done():
                 ask._future.set_result(ask.rows)
-
-    def arrived_whole(self, ask: Ask, duck: int) -> None:
-        """All of a duck's verified answer lies in the row set, however many fragments it has."""
-        for fragment in range(ask.fragments):
-            self.arrived(ask, duck, fragment, ask.fragments)
 
     def cancel(self, ask: Ask) -> None:
         if self.open_asks.pop(ask.ticket, None) is not None:
@@ -421,5 +429,7 @@ def check_ids(ids: np.ndarray, experts: int) -> None:
     Raises:
         WireError: an id outside 0..experts-1.
     """
+    if ids.dtype == np.int32 and ids.size and int(ids.view(np.uint32).max()) < experts:
+        return  # a negative one is large without its sign: one look is enough
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= experts):
         raise WireError(f"expert ids {int(ids.min())}..{int(ids.max())}, want 0..{experts - 1}")

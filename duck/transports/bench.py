@@ -5,6 +5,10 @@ do with the same bytes: a loop over epoll that sends an ask to every duck and re
 into their rows with recv_into; no frames, no checks, no futures. Both are measured in turns of a
 few rounds within the same run, because the speed of a shared machine drifts.
 
+With `losses`, datagrams are dropped at the host's sockets, each for itself in both directions; an
+ask that is dropped there is lost to all ducks. Only multicast has datagrams of ours to drop: under
+tcp the system sends again, and shm has nothing to lose.
+
 The host's processor time is that of the thread that runs the event loop; adding up the answers is
 timed for itself. With 32 ducks on a few processors the latency is not that of 32 machines: the
 host's time is the figure to look at.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -25,6 +30,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +40,18 @@ from duck import wire
 from duck.config import Network
 from duck.errors import TransportError
 from duck.flock import add_up
+from duck.kernels import library
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Rows
 from duck.transports.bench_ducks import SIZES
 from duck.transports.control import FlockTransport
+from duck.transports.faulty import Faults, FaultyUdpSocket
+from duck.transports.multicast import MulticastPlane
 from duck.transports.planes import host_plane
 
 HIDDEN, TOP_K, DTYPE = 7168, 8, "bfloat16"  # DeepSeek-V3
 LAYERS = 4
+LOSSY = ("multicast",)  # transports whose datagrams can be dropped here
 TURN = 16  # rounds of one side before the other has its turn
 WARM_ROUNDS = 20
 _START_S = 60.0
@@ -55,6 +65,7 @@ class Row:
     transport: str
     ducks: int
     rows: int
+    loss: float  # share of the datagrams that were dropped
     rounds: int
     p50_us: float
     p99_us: float
@@ -73,6 +84,7 @@ def bench_transport(
     transports: Sequence[str] = ("shm", "tcp"),
     ducks: Sequence[int] = (1, 2, 8, 32),
     rows: Sequence[int] = (1, 2, 328),
+    losses: Sequence[float] = (),
     seconds: float = 2.0,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -85,17 +97,20 @@ def bench_transport(
     host, others = (usable[:1], usable[1:]) if len(usable) > 1 else ([], [])
     if host:
         os.sched_setaffinity(0, host)
+    if not library.is_loaded():
+        note("loading the native library")
+        library.native()  # which may have to be compiled
     measured: list[Row] = []
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             for count in ducks:
                 with _ducks(count, others) as addresses:
                     for transport in transports:
-                        for size in rows:
-                            note(f"{transport}, {count} ducks, {size} rows")
-                            measured.append(
-                                runner.run(_measure(transport, addresses, size, seconds))
-                            )
+                        rates = [0.0, *losses] if transport in LOSSY else [0.0]
+                        for size, loss in itertools.product(rows, rates):
+                            cell = _Cell(transport, count, size, loss)
+                            note(str(cell))
+                            measured.append(runner.run(_measure(cell, addresses, seconds)))
     finally:
         if host:
             os.sched_setaffinity(0, usable)
@@ -150,6 +165,20 @@ def _ducks(count: int, processors: Sequence[int]) -> Iterator[list[tuple[str, st
         process.stdout.close()
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """What is measured."""
+
+    transport: str
+    ducks: int
+    rows: int
+    loss: float
+
+    def __str__(self) -> str:
+        lost = f", {self.loss:.2%} lost" if self.loss else ""
+        return f"{self.transport}, {self.ducks} ducks, {self.rows} rows{lost}"
+
+
 @dataclass
 class _Side:
     """What one side of the comparison took, turn by turn."""
@@ -159,10 +188,8 @@ class _Side:
     sums: list[float]
 
 
-async def _measure(
-    transport: str, addresses: Sequence[tuple[str, str]], size: int, seconds: float
-) -> Row:
-    ducks = len(addresses)
+async def _measure(cell: _Cell, addresses: Sequence[tuple[str, str]], seconds: float) -> Row:
+    ducks, size = cell.ducks, cell.rows
     shape = wire.Shape(HIDDEN, TOP_K, DTYPE, DTYPE, max(size, 1))
     plan = Plan(
         "bench", tuple(range(LAYERS)), 256, ducks * 64, equal_slices(ducks * 64, ducks), shape
@@ -171,7 +198,7 @@ async def _measure(
     x = wire.to_wire(rng.standard_normal((size, HIDDEN), np.float32), DTYPE)
     ids = np.argsort(rng.random((size, 256)), axis=1)[:, :TOP_K].astype(np.int32)
     weights = rng.random((size, TOP_K), np.float32)
-    async with _flock(transport, [address for address, _ in addresses], plan) as flock:
+    async with _flock(cell, [address for address, _ in addresses], plan) as flock:
         yardstick = _Yardstick([address for _, address in addresses], plan, size)
         try:
             ours, theirs = _Side([], [], []), _Side([], [], [])
@@ -192,7 +219,7 @@ async def _measure(
     latencies = np.array(ours.latencies) * 1e6
     ratios = [a / b for a, b in zip(ours.cpu, theirs.cpu, strict=True)]
     return Row(
-        transport=transport, ducks=ducks, rows=size, rounds=rounds,
+        **asdict(cell), rounds=rounds,
         p50_us=float(np.percentile(latencies, 50)),
         p99_us=float(np.percentile(latencies, 99)),
         host_cpu_us=statistics.median(ours.cpu) * 1e6,
@@ -208,9 +235,14 @@ async def _measure(
 
 @contextlib.asynccontextmanager
 async def _flock(
-    transport: str, addresses: Sequence[str], plan: Plan
+    cell: _Cell, addresses: Sequence[str], plan: Plan
 ) -> AsyncIterator[FlockTransport]:
-    flock = FlockTransport(addresses, host_plane(transport, Network()))
+    plane = host_plane(cell.transport, Network())
+    if cell.loss:
+        assert cell.transport in LOSSY
+        out, back = (Faults[Any](seed, drop=cell.loss) for seed in (1, 2))
+        plane = MulticastPlane(make_socket=partial(FaultyUdpSocket, out=out, back=back))
+    flock = FlockTransport(addresses, plane)
     try:
         await flock.start(plan)
         yield flock
@@ -318,12 +350,14 @@ def tables(report: dict[str, Any]) -> str:
         f"hidden {report['hidden']}, top {report['top_k']}, {report['dtype']}; "
         f"{report['processors']} processors, load {report['load'][0]:.1f}",
         "",
-        f"{'':11}{'ducks':>5}{'rows':>5}{'p50 us':>10}{'p99 us':>10}{'host us':>9}{'sum us':>8}"
+        f"{'':11}{'ducks':>5}{'rows':>5}{'lost':>7}{'p50 us':>10}{'p99 us':>10}"
+        f"{'host us':>9}{'sum us':>8}"
         f"{'rounds/s':>10}{'calls':>7}{'packets':>9}{'raw p50':>10}{'raw us':>9}{'ratio':>7}",
     ]
     lines += [
-        f"{row['transport']:11}{row['ducks']:5}{row['rows']:5}{row['p50_us']:10.0f}"
-        f"{row['p99_us']:10.0f}{row['host_cpu_us']:9.0f}{row['sum_us']:8.0f}"
+        f"{row['transport']:11}{row['ducks']:5}{row['rows']:5}"
+        + (f"{row['loss']:7.2%}" if row["loss"] else f"{'':7}")
+        + f"{row['p50_us']:10.0f}{row['p99_us']:10.0f}{row['host_cpu_us']:9.0f}{row['sum_us']:8.0f}"
         f"{row['rounds_s']:10.0f}{row['calls']:7.1f}"
         + ("" if row["packets"] is None else f"{row['packets']:9.1f}")
         + f"{row['raw_p50_us']:10.0f}{row['raw_cpu_us']:9.0f}{row['ratio']:7.2f}"

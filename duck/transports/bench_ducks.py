@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import socket
 import struct
 import sys
@@ -23,11 +24,14 @@ import numpy as np
 from duck import wire
 from duck.kernels import library
 from duck.placement import Plan
-from duck.transports.base import Handler, Loading
-from duck.transports.listen import ListeningDuck
-from duck.transports.planes import duck_planes
-from duck.transports.worker import Waiting, Worker
+from duck.transports.base import Loading
+from duck.transports.link import Link, data_frames
+from duck.transports.listen import DuckPlane, HostSession, ListeningDuck
+from duck.transports.multicast import MulticastDuckPlane, MulticastFeed
+from duck.transports.shm import ShmDuckPlane, ShmFeed
+from duck.transports.tcp import TcpDuckPlane, TcpFeed
 
+STAMPS = wire.pack_stamps(0.0, 0.0)
 SIZES = struct.Struct("<II")  # what the yardstick is told first: bytes of an ask, of an answer
 
 
@@ -41,18 +45,90 @@ class _Nothing:
         raise AssertionError("the echo answers")
 
 
-class Echo(Worker):
-    """A `Worker` that answers every ask as it comes, with the same numbers each time."""
+class _Echo:
+    """Answers the asks of a session as they come, without the worker's thread.
 
-    def __init__(self, handler: Handler) -> None:
-        super().__init__(handler)
+    The sums are the same each time; header, checksum and all that a host looks at are made anew.
+    """
+
+    def __init__(self, session: HostSession) -> None:
+        self._session = session
         self._answers: dict[int, np.ndarray] = {}
 
-    def put(self, owner: int, ticket: int, ask: Waiting) -> None:
-        if ask.rows not in self._answers:
-            sums = np.random.default_rng(0).standard_normal((ask.rows, ask.shape.hidden))
-            self._answers[ask.rows] = wire.to_wire(sums, ask.shape.answer_dtype)
-        ask.reply(self._answers[ask.rows], wire.pack_stamps(0.0, 0.0))
+    def sums(self, message_bytes: int) -> np.ndarray:
+        """What answers an ask of so many bytes, in the wire dtype."""
+        shape = self._session.plan.shape
+        rows = shape.rows_of_ask(message_bytes)
+        if rows not in self._answers:
+            sums = np.random.default_rng(0).standard_normal((rows, shape.hidden))
+            self._answers[rows] = wire.to_wire(sums, shape.answer_dtype)
+        return self._answers[rows]
+
+    def __call__(self, ticket: int, layer: int, message: memoryview) -> None:
+        """Instead of `HostSession.ask`."""
+        self._session.feed.answer(ticket, layer, self.sums(len(message)), STAMPS)
+
+
+class _EchoShm(ShmDuckPlane):
+    def open(self, session: HostSession, offer: Mapping[str, Any]) -> ShmFeed:
+        session.ask = _Echo(session)  # type: ignore[method-assign]
+        return _EchoShmFeed(session)
+
+
+class _EchoShmFeed(ShmFeed):
+    """Waits for asks in a thread that does nothing else."""
+
+    def _wait_for_asks(self, edges: select.epoll) -> None:
+        threading.Thread(target=self._serve, args=(edges,), daemon=True).start()
+
+    def _serve(self, edges: select.epoll) -> None:
+        with contextlib.suppress(ValueError, OSError):  # closed: the session has ended
+            while self._memory:
+                edges.poll(0.2)
+                self._look()
+
+
+class _EchoTcp(TcpDuckPlane):
+    """Serves data connections in threads, as the yardstick does."""
+
+    def greet(self, link: Link, message: Mapping[str, Any]) -> None:
+        super().greet(link, message)
+        feed = self._feeds[message["token"]]
+        link.transport.pause_reading()
+        connection = link.transport.get_extra_info("socket")
+        own = socket.socket(fileno=os.dup(connection.fileno()))
+        threading.Thread(target=self._serve, args=(own, feed), daemon=True).start()
+
+    @staticmethod
+    def _serve(link: socket.socket, feed: TcpFeed) -> None:
+        """Take asks and send answers, with frames and checksums."""
+        session, echo = feed._session, _Echo(feed._session)
+        head = memoryview(bytearray(wire.HEADER_BYTES))
+        ask = memoryview(bytearray(session.plan.shape.ask_bytes(session.plan.shape.max_rows)))
+        with link, contextlib.suppress(ConnectionError, EOFError):
+            while True:
+                header = wire.unpack_header(_exactly(link, head))
+                size = min(wire.FRAME_LIMIT, header.message_bytes - header.offset)
+                _exactly(link, ask[header.offset : header.offset + size])
+                if header.kind != wire.Kind.ASK or header.fragment + 1 < header.fragments:
+                    continue
+                body = STAMPS + echo.sums(header.message_bytes).tobytes()
+                frames = data_frames(
+                    wire.Kind.ANSWER, session.id, header.ticket, header.layer, session.duck, body,
+                    feed._checksum,
+                )  # fmt: skip
+                _send(link, b"".join(frames))
+
+
+class _EchoMulticast(MulticastDuckPlane):
+    def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
+        session.ask = _Echo(session)  # type: ignore[method-assign]
+        return super().open(session, offer)
+
+
+def _planes() -> list[DuckPlane]:
+    tcp = _EchoTcp()
+    return [tcp, _EchoShm(), _EchoMulticast(tcp)]
 
 
 def _yardstick(listener: socket.socket) -> None:
@@ -69,13 +145,27 @@ def _yardstick(listener: socket.socket) -> None:
 
 
 def _exactly(link: socket.socket, into: memoryview) -> memoryview:
+    """Receive until it is full, also where the system does not wait by itself."""
     have = 0
     while have < len(into):
-        count = link.recv_into(into[have:])
+        try:
+            count = link.recv_into(into[have:])
+        except BlockingIOError:
+            select.select([link], [], [])
+            continue
         if not count:
             raise EOFError
         have += count
     return into
+
+
+def _send(link: socket.socket, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[link.send(rest) :]
+        except BlockingIOError:
+            select.select([], [link], [])
 
 
 def _be_a_duck(number: int) -> None:
@@ -90,7 +180,7 @@ def _be_a_duck(number: int) -> None:
     async def serve() -> None:
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(0, ended.set)  # readable when the host is gone
-        end = ListeningDuck("127.0.0.1:0", ready, duck_planes(), make_worker=Echo)
+        end = ListeningDuck("127.0.0.1:0", ready, _planes())
         serving = asyncio.create_task(end.serve(_Nothing()))
         await ended.wait()
         serving.cancel()

@@ -8,12 +8,13 @@ same. Nothing here knows what is in a datagram.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import socket
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from duck.errors import ConfigError, TransportError
@@ -27,7 +28,9 @@ _SO_RCVBUFFORCE = 33
 _TRAIN_DATAGRAMS, _TRAIN_BYTES = 64, 65_507  # the kernel's limits for one train
 _TRUNCATED = int(socket.MSG_TRUNC)  # an enum is slow to calculate with
 # One wake-up takes in at most so many: whoever floods us does not stop the event loop.
-_DRAIN = 256
+_DRAIN = 512
+# What a wake-up receives lies here until it is dealt with; a train takes at most the second.
+_BUFFER_BYTES, _LARGEST = 1 << 19, 1 << 16
 # How the kernel says that it cannot cut this train here, and the datagrams may go one by one.
 _NO_TRAINS = {errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOPROTOOPT}
 
@@ -62,7 +65,8 @@ class UdpSocket:
         self.datagrams = 0  # that came with them
         self.send_calls = 0
         self.unsent = 0  # datagrams that the system refused: as good as lost
-        self._buffer = memoryview(bytearray(1 << 16))
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.socket = sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             sock.setblocking(False)
@@ -89,8 +93,10 @@ class UdpSocket:
             raise
         self.address: Address = sock.getsockname()
 
-    def fileno(self) -> int:
-        return self.socket.fileno()
+    def listen(self, reader: Callable[[], None]) -> None:
+        """Have the running event loop call `reader` when something has come; it should `drain`."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self.socket, reader)
 
     def send(self, train: bytes | memoryview, size: int, to: Address) -> None:
         """Send datagrams that lie one behind the other, each `size` bytes long but the last.
@@ -128,15 +134,21 @@ class UdpSocket:
     def drain(self) -> Iterator[tuple[memoryview, int, Address]]:
         """What has arrived: (datagrams one behind the other, the size of each but the last, from).
 
-        The bytes are good until the next ones. When the system had more than one wake-up may take,
-        the reader is called again.
+        Datagrams that the kernel did not join are joined here, sender by sender, so that whoever
+        takes them looks at a message and not at every packet. The bytes are good until the reader
+        is called again; it is, at once, when more has come than one wake-up may take.
         """
-        receive, into, room = self.socket.recvmsg_into, [self._buffer], 64
+        receive, buffer, at = self.socket.recvmsg_into, self._buffer, 0
+        singles: dict[Address, list[memoryview]] = {}
         for _ in range(_DRAIN):
+            if at > _BUFFER_BYTES - _LARGEST:
+                yield from _joined(singles)
+                singles.clear()
+                at = 0
             try:
-                count, control, flags, sender = receive(into, room)
+                count, control, flags, sender = receive([buffer[at:]], 64)
             except (BlockingIOError, InterruptedError):
-                return
+                break
             except OSError:
                 continue  # an ICMP message about something sent before: it was lost, no more
             size = count
@@ -144,12 +156,47 @@ class UdpSocket:
                 if level == _SOL_UDP and kind == _UDP_GRO and len(value) >= 4:
                     size = int.from_bytes(value[:4], "little")
             self.calls += 1
-            self.datagrams += -(-count // size) if size else 1
-            if count and not flags & _TRUNCATED:
-                yield self._buffer[:count], size, sender
+            if not count or flags & _TRUNCATED:
+                self.datagrams += 1
+                continue
+            came = buffer[at : at + count]
+            at += count
+            if size < count:
+                self.datagrams += -(-count // size)
+                yield came, size, sender
+            else:
+                self.datagrams += 1
+                if sender in singles:
+                    singles[sender].append(came)
+                else:
+                    singles[sender] = [came]
+        yield from _joined(singles)
 
     def close(self) -> None:
+        """Listen no more, and give the socket back."""
+        if self._loop:
+            self._loop.remove_reader(self.socket)
         self.socket.close()
+
+
+def _joined(
+    singles: Mapping[Address, list[memoryview]],
+) -> Iterator[tuple[memoryview, int, Address]]:
+    """Trains of single datagrams: those of one size together, with a shorter one at the end."""
+    for sender, datagrams in singles.items():
+        begin = 0
+        while begin < len(datagrams):
+            size = len(datagrams[begin])
+            end = begin + 1
+            while end < len(datagrams) and len(datagrams[end]) == size:
+                end += 1
+            if end < len(datagrams) and len(datagrams[end]) < size:
+                end += 1
+            train = datagrams[begin]
+            if end - begin > 1:
+                train = memoryview(b"".join(datagrams[begin:end]))
+            yield train, size, sender
+            begin = end
 
 
 def _has(sock: socket.socket, option: int, value: int) -> bool:
@@ -162,7 +209,7 @@ def _has(sock: socket.socket, option: int, value: int) -> bool:
 
 def _grow(sock: socket.socket, wanted: int) -> int:
     """Make the receive buffer as large as wanted, or as the system allows; what it is then."""
-    half = -(-wanted // 2)  # the kernel doubles what it is told
+    half = min(-(-wanted // 2), 1 << 30)  # the kernel doubles what it is told, in 32 bits
     for option in (_SO_RCVBUFFORCE, socket.SO_RCVBUF):  # the first is for root
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= wanted:
             break

@@ -14,6 +14,9 @@ Around the data planes that do not lose (tcp, shm, and the loopback) a fault mea
     kill            a duck's control connection ends
 
 So delays, new orders and duplicates must not be noticed at all, and the others must be loud.
+
+Around the datagrams of the multicast transport (`FaultyUdpSocket`) all of them are what a network
+does to packets, and none may be noticed.
 """
 
 from __future__ import annotations
@@ -22,14 +25,15 @@ import asyncio
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from random import Random
 from typing import Any, Generic, TypeVar
 
 from duck import wire
 from duck.transports.base import Ask, AskTable
 from duck.transports.control import FlockTransport, Plane, Welcome
-from duck.transports.link import Frames, Link
+from duck.transports.datagrams import Address, UdpSocket
+from duck.transports.link import Ahead, Frames, Link
 from duck.transports.shm import Memory, ShmPlane, Slot
 from duck.transports.tcp import TcpPlane
 
@@ -183,7 +187,13 @@ def disturb(table: AskTable, faults: Faults[Note]) -> Callable[[], None]:
     def arrived(ask: Ask, duck: int, fragment: int, fragments: int) -> None:
         pump.put((ask, duck, fragment, fragments))
 
+    def arrived_whole(ask: Ask, ducks: Iterable[int]) -> None:
+        for duck in ducks:
+            for fragment in range(ask.fragments):
+                arrived(ask, duck, fragment, ask.fragments)
+
     table.arrived = arrived  # type: ignore[method-assign]
+    table.arrived_whole = arrived_whole  # type: ignore[method-assign]
     return pump.end
 
 
@@ -262,6 +272,68 @@ class FaultyPlane:
         self._plane.close()
 
 
+# --- datagrams
+
+Datagram = tuple[bytes, Address]
+
+
+def spoil_datagram(datagram: Datagram, random: Random) -> Datagram:
+    """One bit of its bytes changes; for `Faults.spoil`."""
+    return flip_bit(datagram[0], random), datagram[1]
+
+
+class FaultyUdpSocket(UdpSocket):
+    """A socket whose datagrams meet these faults, each for itself.
+
+    Args:
+        address, options: as of a `UdpSocket`.
+        out: what happens to those that are sent.
+        back: what happens to those that come.
+    """
+
+    def __init__(
+        self, address: Address, *, out: Faults[Datagram], back: Faults[Datagram], **options: Any
+    ) -> None:
+        super().__init__(address, **options)
+        self._arrived: list[Datagram] = []
+        self._reader: Callable[[], None] | None = None
+        self._out = _Pump(out, self._send_one)
+        self._back = _Pump(back, self._hand_on)
+        self._draining = False
+
+    def listen(self, reader: Callable[[], None]) -> None:
+        self._reader = reader
+        super().listen(reader)
+
+    def send(self, train: bytes | memoryview, size: int, to: Address) -> None:
+        view = memoryview(train)
+        for start in range(0, len(view), size):
+            self._out.put((bytes(view[start : start + size]), to))
+
+    def _send_one(self, datagram: Datagram) -> None:
+        super().send(datagram[0], len(datagram[0]), datagram[1])
+
+    def drain(self) -> Iterator[tuple[memoryview, int, Address]]:
+        self._draining = True
+        for train, size, sender in super().drain():
+            for start in range(0, len(train), size):
+                self._back.put((bytes(train[start : start + size]), sender))
+        self._draining = False
+        arrived, self._arrived = self._arrived, []
+        for data, sender in arrived:
+            yield memoryview(bytearray(data)), len(data), sender
+
+    def _hand_on(self, datagram: Datagram) -> None:
+        self._arrived.append(datagram)
+        if self._reader and not self._draining:  # it was late, and nobody is looking
+            self._reader()
+
+    def close(self) -> None:
+        self._out.end()
+        self._back.end()
+        super().close()
+
+
 # --- bits that change on their way
 
 
@@ -299,6 +371,16 @@ class _CorruptFrames:
     def __init__(self, link: Link, frames: Frames, share: float, random: Random) -> None:
         self._link, self._frames = link, frames
         self._share, self._random = share, random
+
+    def ahead(self) -> Ahead | None:
+        """None, so that every frame goes the long way, by `place`."""
+        return None
+
+    def wants(self, ticket: int) -> bool:
+        return self._frames.wants(ticket)
+
+    def landed(self, ticket: int) -> None:
+        self._frames.landed(ticket)
 
     def check(self, header: wire.Header) -> int:
         return self._frames.check(header)

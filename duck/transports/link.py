@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from duck import wire
 from duck.errors import TransportError, WireError
+from duck.kernels import library
 from duck.seal import Opener
 from duck.transports.sealed import SealedFrames
 
@@ -28,8 +31,33 @@ _MAX_UNREAD = 64  # control messages a peer may send ahead of us
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 
 
+class Ahead(NamedTuple):
+    """The frame that will most likely come next, and where it may lie at once, header and all."""
+
+    ticket: int
+    place: memoryview  # as long as header and payload
+    address: int  # where that is
+    front: bytes  # its header up to the checksum, which is CRC-32C
+
+
 class Frames(Protocol):
     """What one end does with the data frames it receives."""
+
+    def ahead(self) -> Ahead | None:
+        """Asked between two frames: which one is likely to follow; None: no idea.
+
+        When it does follow, it is received in one stretch, and looked at in one go; any other frame
+        goes the long way of `check`, `place` and `arrived`.
+        """
+        ...
+
+    def wants(self, ticket: int) -> bool:
+        """Whether the place of that frame is still its own."""
+        ...
+
+    def landed(self, ticket: int) -> None:
+        """The frame that was looked ahead to lies in its place and passed its checksum."""
+        ...
 
     def check(self, header: wire.Header) -> int:
         """Called once for every header: the bytes of its payload.
@@ -84,11 +112,13 @@ class Link(asyncio.BufferedProtocol):
         self._decoder = wire.ControlDecoder()
         self._buffer = memoryview(bytearray(_CONTROL_BUFFER))
         self._frames: Frames | None = None
+        self._checksum: wire.Checksum = zlib.crc32
         self._sealed: SealedFrames | None = None
         self.error: WireError | None = None  # what the peer did wrong
         self._last_words = ""  # of a peer that refused us
         self._head = bytearray(wire.HEADER_BYTES)
         self._header: wire.Header | None = None
+        self._ahead: Ahead | None = None
         self._have = 0
         self._size = 0
         self._dropping = False
@@ -98,6 +128,7 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
         connection = transport.get_extra_info("socket")
+        self._descriptor = connection.fileno() if connection is not None else -1
         if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -113,9 +144,25 @@ class Link(asyncio.BufferedProtocol):
             return self._sealed.room()
         if self._frames is None:
             return self._buffer
+        if self._header is None and not self._have:
+            self._ahead = self._frames.ahead()
+        if self._ahead:
+            if self._have and not self._frames.wants(self._ahead.ticket):
+                self._move_aside(self._ahead)
+            return self._ahead.place[self._have :]
+        return self._room(self._frames)
+
+    def _move_aside(self, ahead: Ahead) -> None:
+        """Half of a frame has come, and its place is given to another."""
+        aside = memoryview(bytearray(len(ahead.place)))
+        aside[: self._have] = ahead.place[: self._have]
+        self._ahead = ahead._replace(place=aside, address=library.address_of(aside))
+
+    def _room(self, frames: Frames) -> memoryview:
+        """Where the next bytes of a frame go that nobody looked ahead to."""
         if self._header is None:
             return memoryview(self._head)[self._have :]
-        place = None if self._dropping else self._frames.place(self._header)
+        place = None if self._dropping else frames.place(self._header)
         if place is None:
             self._dropping = True
             return self._buffer[: self._size - self._have]
@@ -127,6 +174,8 @@ class Link(asyncio.BufferedProtocol):
             if self._sealed:
                 self._sealed.received(count)
                 self.dropped = self._sealed.dropped
+            elif self._ahead:
+                self._received_ahead(count, self._ahead, self._frames)
             elif self._frames:
                 self._received(count, self._frames)
             else:
@@ -225,15 +274,64 @@ class Link(asyncio.BufferedProtocol):
 
     # data
 
-    def carry_data(self, frames: Frames, opener: Opener | None = None) -> None:
-        """Switch to data frames, sealed ones if there is an opener for them."""
+    def write(self, data: bytes | bytearray) -> None:
+        """Send bytes, in this very call if the system takes them."""
+        transport = self.transport
+        if transport.is_closing():
+            return
+        rest: bytes | bytearray | memoryview = data
+        if not transport.get_write_buffer_size():
+            sent = 0
+            with contextlib.suppress(OSError):  # the transport meets it too, and knows what to do
+                sent = os.write(self._descriptor, data)
+            if sent == len(data):
+                return
+            rest = memoryview(data)[sent:]
+        transport.write(rest)
+
+    def carry_data(
+        self,
+        frames: Frames,
+        opener: Opener | None = None,
+        checksum: wire.Checksum = zlib.crc32,
+    ) -> None:
+        """Switch to data frames, sealed ones if there is an opener for them.
+
+        checksum: of frames that are not sealed.
+        """
         if self._decoder.pending or not self.messages.empty():
             raise WireError("bytes ahead of the switch to data frames")
         if self._tls:
             raise WireError("data frames have their own seal: no TLS on their connection")
-        self._frames = frames
+        self._frames, self._checksum = frames, checksum
         if opener:
             self._sealed = SealedFrames(frames, opener)
+
+    def _received_ahead(self, count: int, ahead: Ahead, frames: Frames | None) -> None:
+        assert frames
+        self._have += count
+        place, state = ahead.place, library.MESSAGE_OTHER
+        if self._have == len(place):
+            state = library.check_message(ahead.address, len(place), ahead.front)
+        elif self._have < wire.HEADER_BYTES or place[: len(ahead.front)] == ahead.front:
+            return
+        if state == library.MESSAGE_BAD:
+            raise WireError("a data frame failed its checksum")
+        have, self._have, self._ahead = self._have, 0, None
+        if state == library.MESSAGE_GOOD:
+            if frames.wants(ahead.ticket):
+                frames.landed(ahead.ticket)
+            else:
+                self.dropped += 1
+            return
+        # Another frame than we thought, perhaps more than one: by the long way.
+        rest = memoryview(bytes(place[:have]))
+        while rest:
+            room = self._room(frames)
+            step = min(len(room), len(rest))
+            room[:step] = rest[:step]
+            rest = rest[step:]
+            self._received(step, frames)
 
     def _received(self, count: int, frames: Frames) -> None:
         self._have += count
@@ -250,7 +348,7 @@ class Link(asyncio.BufferedProtocol):
         place = None if self._dropping else frames.place(header)
         if place is None:
             self.dropped += header.fragment + 1 == header.fragments
-        elif wire.check_crc(self._head, place[: self._size]):
+        elif wire.check_crc(self._head, place[: self._size], self._checksum):
             frames.arrived(header)
         else:
             raise WireError("a data frame failed its checksum")
@@ -285,7 +383,13 @@ def frame_bytes(header: wire.Header, limit: int) -> int:
 
 
 def data_frames(
-    kind: wire.Kind, session: int, ticket: int, layer: int, source: int, body: bytes | memoryview
+    kind: wire.Kind,
+    session: int,
+    ticket: int,
+    layer: int,
+    source: int,
+    body: bytes | memoryview,
+    checksum: wire.Checksum = zlib.crc32,
 ) -> list[bytes | memoryview]:
     """A message as frames, ready for `writelines`."""
     view = memoryview(body)
@@ -295,7 +399,7 @@ def data_frames(
         out.append(
             wire.pack_header(
                 kind, session, ticket, layer, source, payload=payload, fragment=fragment,
-                fragments=fragments, message_bytes=len(view), offset=offset,
+                fragments=fragments, message_bytes=len(view), offset=offset, checksum=checksum,
             )
         )  # fmt: skip
         out.append(payload)

@@ -183,7 +183,6 @@ class ListeningDuck:
         ready: called with the address in use once it listens.
         planes: the data planes that hosts may choose from.
         credentials: with a cluster key: only hosts that have it too are served.
-        make_worker: makes the queue that asks are put into.
     """
 
     MAX_SESSIONS = 16
@@ -202,10 +201,8 @@ class ListeningDuck:
         ready: Callable[[str], None],
         planes: Sequence[DuckPlane],
         credentials: Credentials | None = None,
-        make_worker: Callable[[Handler], Worker] = Worker,
     ) -> None:
         self._listen, self._ready, self._credentials = listen, ready, credentials
-        self._make_worker = make_worker
         self._planes = {plane.name: plane for plane in planes}
         self._greetings = {plane.greeting: plane for plane in planes if plane.greeting}
         self._sessions: dict[int, HostSession] = {}
@@ -230,7 +227,7 @@ class ListeningDuck:
         self._handler = handler
         self._loop = asyncio.get_running_loop()
         host, port = split_address(self._listen)
-        self._worker = self._make_worker(handler)
+        self._worker = Worker(handler)
         try:
             server = await self._loop.create_server(self._link, host, port)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one

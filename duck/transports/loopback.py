@@ -93,7 +93,7 @@ class LoopbackTransport:
         else:
             ask.rows.landing[duck][: wire.STAMP_BYTES] = stamps
             ask.rows.partials(ask.count)[duck] = answer
-            asks.arrived_whole(ask, duck)
+            asks.arrived_whole(ask, (duck,))
 
     def stats(self) -> Mapping[str, float]:
         return {"late_answers": self.asks.late_answers, "rows_free": self.asks.ring.free}

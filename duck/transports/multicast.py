@@ -22,12 +22,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import ipaddress
 import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -44,15 +43,25 @@ from duck.transports.datagrams import (
     Address,
     Interface,
     UdpSocket,
-    buffer_bytes,
     interface_named,
     interface_with,
     too_small,
 )
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
-from duck.transports.sealed import open_message, sealed_message
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
+from duck.transports.trains import (
+    ETHERNET_MTU,
+    ipv4,
+    lay,
+    message_room,
+    note,
+    note_payload,
+    parts,
+    runs,
+    sealed,
+    verified,
+)
 
 if TYPE_CHECKING:
     from duck.transports.tls import Credentials
@@ -62,12 +71,13 @@ _log = structlog.get_logger(__name__)
 # Event loops may have a clock that counts milliseconds (uvloop): too coarse for the times of a LAN.
 _clock = time.perf_counter
 
-# Every network carries these.
-_ETHERNET_MTU = 1500
 # How long a duck may take to answer PINGs of a size before a smaller one is tried, or it is
 # refused: switches take a moment to learn who has joined a group.
 _TRY_S, _LAST_TRY_S = 0.5, 4.0
 _PING_S = 0.02  # between the first two PINGs; then twice as long, and so on
+# So many asks in a row of which a duck got nothing by multicast: its owner should know. They reach
+# it all the same, one by one.
+_MISSED = 50
 # What a host says in a single datagram.
 _FROM_HOST = frozenset({wire.Kind.PING, wire.Kind.NACK, wire.Kind.CANCEL})
 # Room in the receive buffer: so many times the most that one ask makes arrive at once.
@@ -84,16 +94,23 @@ class Nic:
         interface: which.
         group: GROUP or GROUP:PORT; "": one is drawn.
         receive_bytes: for the receive buffer.
+        make_socket: takes the arguments of a `UdpSocket`.
 
     Raises:
         TransportError: the system refuses, or gives too small a buffer.
     """
 
-    def __init__(self, interface: Interface, group: str, receive_bytes: int) -> None:
+    def __init__(
+        self,
+        interface: Interface,
+        group: str,
+        receive_bytes: int,
+        make_socket: Callable[..., UdpSocket] = UdpSocket,
+    ) -> None:
         here = interface.address
         try:
             # Looped back, because ducks may run on this very machine.
-            self.socket = UdpSocket(
+            self.socket = make_socket(
                 (here, 0), interface=here, loop=True, receive_bytes=receive_bytes
             )
         except OSError as error:
@@ -117,6 +134,7 @@ class MulticastPlane:
 
     Args:
         network: which interfaces, groups and packets to use.
+        make_socket: makes the host's sockets; for tests, see `faulty.FaultyUdpSocket`.
 
     Raises:
         ConfigError: an interface that cannot be used.
@@ -124,13 +142,18 @@ class MulticastPlane:
 
     name = "multicast"
 
-    def __init__(self, network: Network | None = None) -> None:
+    def __init__(
+        self,
+        network: Network | None = None,
+        make_socket: Callable[..., UdpSocket] = UdpSocket,
+    ) -> None:
         network = network or Network()
         self._nics: dict[str, Nic] = {}  # by the interface's address
         groups = network.groups or ("",) * len(network.interfaces)
         pairs = zip(network.interfaces, groups, strict=True)
         self._chosen = {(nic := interface_named(name)).address: (nic, at) for name, at in pairs}
         self._mtu = network.mtu
+        self._make_socket = make_socket
         self._tcp = TcpPlane()
         self._closed = False
 
@@ -140,7 +163,7 @@ class MulticastPlane:
         self._loop = asyncio.get_running_loop()
         plan = flock.plan
         self._small = min(SMALL_ROWS, plan.shape.max_rows)
-        self._cut = Cut.for_mtu(self._mtu or _ETHERNET_MTU)
+        self._cut = Cut.for_mtu(self._mtu or ETHERNET_MTU)
         self._half = HostHalf(plan.ducks, self._cut)
         self._ducks: dict[Address, int] = {}
         self._addresses: dict[int, Address] = {}
@@ -173,6 +196,7 @@ class MulticastPlane:
         self._nic_of[duck] = nic
         nic.ducks.append(duck)
         return {
+            **self._tcp.offer(duck, link),
             "group": nic.group[0],
             "port": nic.group[1],
             "answers": nic.socket.address[1],
@@ -196,15 +220,15 @@ class MulticastPlane:
             )
         else:
             interface, group = interface_with(here), ""
-        nic = self._nics[here] = Nic(interface, group, self._receive_bytes())
-        self._loop.add_reader(nic.socket, self._readable, nic)
+        nic = self._nics[here] = Nic(interface, group, self._receive_bytes(), self._make_socket)
+        nic.socket.listen(partial(self._readable, nic))
         return nic
 
     def _receive_bytes(self) -> int:
         """Room for what all ducks send at once: the answers of one small ask, several times."""
         shape = self._flock.plan.shape
         message = wire.STAMP_BYTES + shape.answer_bytes(self._small)
-        return _ROOM * self._flock.plan.ducks * _message_room(message)
+        return _ROOM * self._flock.plan.ducks * message_room(message)
 
     async def connect(self, duck: int, welcome: Welcome) -> None:
         """Open the duck's TCP connection, and once all ducks are there, try the network."""
@@ -231,8 +255,8 @@ class MulticastPlane:
         """Find the largest datagrams that every duck gets and sends; tell them the cut."""
         mtu = self._mtu or min(nic.interface.mtu for nic in self._nics.values())
         tries = [Cut.for_mtu(mtu)]
-        if self._mtu is None and mtu > _ETHERNET_MTU:
-            tries.append(Cut.for_mtu(_ETHERNET_MTU))
+        if self._mtu is None and mtu > ETHERNET_MTU:
+            tries.append(Cut.for_mtu(ETHERNET_MTU))
         silent: set[int] = set()
         for cut in tries:
             last = cut is tries[-1]
@@ -370,6 +394,12 @@ class MulticastPlane:
             self._heard[duck] += 1
             if head.kind == wire.Kind.RNACK:
                 self._half.rnack(duck, head, payload, now)
+                if self._half.missed[duck] == _MISSED:
+                    _log.warning(
+                        "multicasts_do_not_arrive", duck=self._flock.labels[duck],
+                        group=self._nic_of[duck].group[0],
+                        remedy="enable an IGMP querier on the switch, or turn IGMP snooping off",
+                    )  # fmt: skip
             elif head.kind == wire.Kind.PONG:
                 sent_at = self._pinged.get(head.ticket)
                 if sent_at is not None:
@@ -397,7 +427,7 @@ class MulticastPlane:
             self._half.failed(duck, head.ticket, now)
             return
         self._heard[duck] += 1
-        self._flock.asks.arrived_whole(ask, duck)
+        self._flock.asks.arrived_whole(ask, (duck,))
         if ask.ticket not in self._flock.asks.open_asks:
             self._close_ask(ask.ticket)
 
@@ -501,7 +531,6 @@ class MulticastPlane:
         if not self._agreed.done():
             self._agreed.cancel()
         for nic in self._nics.values():
-            self._loop.remove_reader(nic.socket)
             nic.socket.close()
         self._tcp.close()
 
@@ -517,9 +546,9 @@ class MulticastTransport(FlockTransport):
         supply: Callable[[int, int], Iterator[memoryview]] | None = None,
         credentials: Credentials | None = None,
         *,
-        network: Network | None = None,
+        plane: MulticastPlane | None = None,
     ) -> None:
-        plane = MulticastPlane(network)
+        plane = plane or MulticastPlane()
         super().__init__(addresses, plane, labels, progress, supply, credentials)
 
 
@@ -537,7 +566,7 @@ class MulticastDuckPlane:
 
     def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
         where = _Where.of(session, offer)
-        return MulticastFeed(session, self._tcp.open(session, {}), where)
+        return MulticastFeed(session, self._tcp.open(session, offer), where)
 
     def greet(self, link: Link, message: Mapping[str, Any]) -> None:
         raise WireError("no connection begins like that")
@@ -584,7 +613,7 @@ class MulticastFeed:
         self._loop = asyncio.get_running_loop()
         self._small = min(SMALL_ROWS, session.plan.shape.max_rows)
         self._half: DuckHalf | None = None  # once the host has said how messages are cut
-        self._cut = Cut.for_mtu(_ETHERNET_MTU)
+        self._cut = Cut.for_mtu(ETHERNET_MTU)
         self._kept: dict[int, tuple[bytes, int]] = {}  # ticket -> the answer's datagrams, its layer
         self._sockets: list[UdpSocket] = []
         # Answers are sealed in the worker's thread, notes in the loop's: kinds of their own.
@@ -609,7 +638,7 @@ class MulticastFeed:
             ConfigError: the system refuses, or gives too small a buffer.
         """
         here, _, group = self._where
-        needed = _ROOM * _message_room(self._session.plan.shape.ask_bytes(self._small))
+        needed = _ROOM * message_room(self._session.plan.shape.ask_bytes(self._small))
         try:
             for address, joined in (((here, 0), ""), (group, group[0])):
                 self._sockets.append(
@@ -622,13 +651,12 @@ class MulticastFeed:
         for sock in self._sockets:
             if sock.receive_bytes < needed:
                 raise ConfigError(f"on this duck {too_small(sock.receive_bytes, needed)}")
-            self._loop.add_reader(sock, self._readable, sock)
+            sock.listen(partial(self._readable, sock))
         return {**self._tcp.welcome(), "port": self._sockets[0].address[1]}
 
     def close(self) -> None:
         self._tcp.close()
         for sock in self._sockets:
-            self._loop.remove_reader(sock)
             sock.close()
         if self._half:
             counts = {name: n for name, n in self._half.counts.to_dict().items() if n}
@@ -762,149 +790,3 @@ class MulticastFeed:
         session = self._session
         data = note(self._sealer, kind, session.id, ticket, layer, session.duck, payload)
         self._sockets[0].send(data, len(data), self._where.host)
-
-
-# --- both ends
-
-
-def ipv4(address: Sequence[Any] | None) -> str | None:
-    """The IPv4 address of a connection's end; None if it has none."""
-    if not address:
-        return None
-    try:
-        found = ipaddress.ip_address(address[0])
-    except ValueError:
-        return None
-    if isinstance(found, ipaddress.IPv6Address):
-        mapped = found.ipv4_mapped
-        return str(mapped) if mapped else None
-    return str(found)
-
-
-def _message_room(message_bytes: int) -> int:
-    """What a message takes in a receive buffer, as small or as large datagrams."""
-    cuts = [Cut.for_mtu(_ETHERNET_MTU), Cut.for_mtu(1 << 16)]
-    return max(buffer_bytes(c.fragments(message_bytes), c.datagram_bytes) for c in cuts)
-
-
-# In a message's train each header is the one before it with the next fragment and offset.
-_WORDS = wire.HEADER_BYTES // 4
-
-
-@functools.lru_cache(maxsize=16)
-def _steps(payload_bytes: int) -> np.ndarray:
-    """What every header of a train has more than the first, as 32-bit words."""
-    numbers = np.arange(65, dtype=np.uint32)
-    steps = np.zeros((65, _WORDS), np.uint32)
-    steps[:, 4] = numbers  # fragment: the lower half of the word, and it never overflows
-    steps[:, 6] = numbers * payload_bytes
-    return steps
-
-
-def runs(train: memoryview, size: int) -> Iterator[tuple[Run, memoryview]]:
-    """Datagrams that came as one train, by messages: the fragments, and their datagrams.
-
-    train: each datagram is `size` bytes long but the last.
-
-    Raises:
-        WireError: from the first one on that is no header of ours, the rest is dropped.
-    """
-    while train:
-        head = wire.unpack_header(train)
-        fragments = 1
-        if head.fragments > 1 and len(train) >= size + wire.HEADER_BYTES and not size % 4:
-            most = 1 + (len(train) - wire.HEADER_BYTES) // size
-            most = min(most, head.fragments - head.fragment, 65)
-            words = np.ndarray((most, _WORDS), "<u4", train, strides=(size, 4))
-            same = words == words[0] + _steps(size - wire.HEADER_BYTES)[:most]
-            fragments = most if same.all() else int(same.all(axis=1).argmin())
-        data, train = train[: fragments * size], train[fragments * size :]
-        yield Run(head, fragments, len(data) - fragments * wire.HEADER_BYTES), data
-
-
-def lay(data: memoryview, size: int, place: memoryview, run: Run) -> None:
-    """Copy a run's payloads to where they belong in their message, which has room for them."""
-    head, at, full = wire.HEADER_BYTES, run.header.offset, run.fragments - 1
-    payload = size - head
-    if full:
-        rows = np.frombuffer(data, np.uint8, full * size).reshape(full, size)[:, head:]
-        np.frombuffer(place, np.uint8, full * payload, at).reshape(full, payload)[:] = rows
-        at += full * payload
-    place[at : at + run.size - full * payload] = data[full * size + head :]
-
-
-def parts(train: bytes, size: int, fragments: int) -> Iterator[memoryview]:
-    """The datagrams of a message whose bits are set, neighbours together."""
-    view = memoryview(train)
-    start = 0
-    while fragments:
-        gap = (fragments & -fragments).bit_length() - 1
-        fragments >>= gap
-        count = (~fragments & fragments + 1).bit_length() - 1
-        fragments >>= count
-        start += gap
-        yield view[start * size : (start + count) * size]
-        start += count
-
-
-def sealed(
-    sealer: Sealer | None,
-    kind: wire.Kind,
-    session: int,
-    ticket: int,
-    layer: int,
-    source: int,
-    body: bytes,
-) -> bytes | bytearray:
-    """A message as it travels: sealed if there is a key.
-
-    Raises:
-        TransportError: its ticket was sealed before.
-    """
-    if sealer is None:
-        return body
-    return sealed_message(sealer, kind, session, ticket, layer, source, body)
-
-
-def verified(
-    opener: Opener | None, header: wire.Header, message: memoryview, out: memoryview
-) -> bool:
-    """Whether a message is the one that was sent; if it was sealed, its body is in `out` then."""
-    if opener is None:
-        return wire.check_message(header, message)
-    try:
-        open_message(opener, header, message, out)
-    except WireError:
-        return False
-    return True
-
-
-def note(
-    sealer: Sealer | None,
-    kind: wire.Kind,
-    session: int,
-    ticket: int,
-    layer: int,
-    source: int,
-    payload: bytes,
-) -> bytes:
-    """A message in a single datagram."""
-    message = sealed(sealer, kind, session, ticket, layer, source, payload)
-    return wire.pack_header(kind, session, ticket, layer, source, payload=message) + message
-
-
-def note_payload(header: wire.Header, data: memoryview, opener: Opener | None) -> bytes:
-    """What a message in a single datagram holds.
-
-    Raises:
-        WireError: it is more than one, failed its checksum, or is not authentic.
-    """
-    payload = bytes(data[wire.HEADER_BYTES :])
-    if header.fragments != 1 or header.message_bytes != len(payload) or header.offset:
-        raise WireError(f"{header.kind.name} in {header.fragments} fragments")
-    if not wire.check_crc(data[: wire.HEADER_BYTES], payload):
-        raise WireError(f"{header.kind.name} failed its checksum")
-    if opener is None:
-        return payload
-    out = bytearray(len(payload))
-    return bytes(out[: open_message(opener, header, payload, out)])

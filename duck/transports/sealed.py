@@ -1,9 +1,9 @@
 """Messages with a seal: as frames in a stream, and whole for whoever cuts them himself.
 
-A sealed frame is its header (with a checksum of the header alone, so that no damaged size is
-believed), then the sealed payload, `seal.overhead` longer than the header's sizes say: those are of
-the message as it was said. What is received lies in a buffer of the connection until it is whole
-and authentic; only then is it opened into the place that it belongs to.
+A sealed frame is its header (whose checksum is 0: the seal covers the rest of it), then the sealed
+payload, `seal.overhead` longer than the header's sizes say: those are of the message as it was
+said. What is received lies in a buffer of the connection until it is whole and authentic; only then
+is it opened into the place that it belongs to.
 
 A whole message is sealed under a header of its own, which never travels: whichever datagram of it
 is asked, `sealed_message` and `open_message` make the same one. Its size is the sealed message's.
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from duck import wire
 from duck.errors import WireError
-from duck.seal import Opener, Sealer, overhead
+from duck.seal import TAG_BYTES, Opener, Sealer, overhead
 
 if TYPE_CHECKING:
-    from duck.transports.link import Frames
+    from duck.transports.link import Ahead, Frames
 
 _FIRST_BYTES = 1 << 16
+_NO_CHECKSUM = bytes(4)
 
 
 def sealed_frames(
@@ -43,9 +44,9 @@ def sealed_frames(
     out = bytearray(len(view) + more * len(cuts))
     into = memoryview(out)
     for fragment, fragments, offset, size in cuts:
-        head = wire.pack_header(
-            kind, session, ticket, layer, source, payload=b"", fragment=fragment,
-            fragments=fragments, message_bytes=len(view), offset=offset,
+        head = wire.HEADER.pack(
+            wire.MAGIC, wire.VERSION, kind, session, ticket, layer, source, fragment, fragments,
+            len(view), offset, 0,
         )  # fmt: skip
         into[: wire.HEADER_BYTES] = head
         stop = size + more
@@ -104,6 +105,7 @@ class SealedFrames:
         self._frames, self._opener = frames, opener
         self._buffer = memoryview(bytearray(_FIRST_BYTES))
         self._begin = self._end = 0  # what has been received and not used
+        self._ahead: Ahead | None = None  # the frame that comes is the one that was expected
         self._header: wire.Header | None = None
         self._size = 0  # of the payload, once it is opened
         self._need = wire.HEADER_BYTES  # bytes of which the next step is made
@@ -134,28 +136,48 @@ class SealedFrames:
         """
         self._end += count
         while self._end - self._begin >= self._need:
-            if self._header is None:
+            if self._ahead:
+                self._take_ahead(self._ahead)
+            elif self._header is None:
                 self._take_header()
             else:
                 self._take_payload(self._header)
 
     def _take_header(self) -> None:
         head = self._buffer[self._begin : self._begin + wire.HEADER_BYTES]
+        ahead = self._frames.ahead()
+        if ahead and head == ahead.front + _NO_CHECKSUM:
+            self._ahead = ahead
+            self._need = len(ahead.place) + TAG_BYTES
+            return
         header = wire.unpack_header(head)
-        if not wire.check_crc(head, b""):
-            raise WireError("a data frame's header failed its checksum, or has no seal")
+        if header.crc:
+            raise WireError("a data frame has no seal")
         self._size = self._frames.check(header)
         self._header = header
         self._need = wire.HEADER_BYTES + self._size + overhead(header.kind)
 
+    def _take_ahead(self, ahead: Ahead) -> None:
+        if self._frames.wants(ahead.ticket):
+            body = self._begin + wire.HEADER_BYTES
+            head, sealed = self._buffer[self._begin : body], self._buffer[body:]
+            place = ahead.place[wire.HEADER_BYTES :]
+            self._opener.open_into(head, sealed[: len(place) + TAG_BYTES], place)
+            self._frames.landed(ahead.ticket)
+        else:
+            self.dropped += 1
+        self._begin += self._need
+        self._ahead, self._need = None, wire.HEADER_BYTES
+
     def _take_payload(self, header: wire.Header) -> None:
-        frame = self._buffer[self._begin : self._begin + self._need]
         place = self._frames.place(header)
         if place is None:
             self.dropped += header.fragment + 1 == header.fragments
         else:
-            head, sealed = frame[: wire.HEADER_BYTES], frame[wire.HEADER_BYTES :]
-            self._opener.open_into(head, sealed, place[: self._size])
+            payload = self._begin + wire.HEADER_BYTES
+            head = self._buffer[self._begin : payload]
+            sealed = self._buffer[payload : self._begin + self._need]
+            self._opener.open_into(head, sealed, place)
             self._frames.arrived(header)
         self._begin += self._need
         self._header, self._need = None, wire.HEADER_BYTES

@@ -282,7 +282,7 @@ class ShmPlane:
         if ask.ticket not in asks.open_asks:  # a duck was lost, or its deadline passed
             self._asks[number] = None
             return
-        before = states.copy()
+        before = states.copy() if states.any() else 0
         shape = self._flock.plan.shape
         size = wire.STAMP_BYTES + shape.answer_bytes(ask.count)
         native = library.swift() if slot.swift else library.native()
@@ -290,11 +290,13 @@ class ShmPlane:
             memory.address + slot.answers, slot.stride, len(states), self._wanted[number],
             size, rows.address, rows.stride, states.ctypes.data,
         )  # fmt: skip
-        for duck in np.flatnonzero(states != before).tolist():
-            if states[duck] == library.MESSAGE_GOOD:
-                asks.arrived_whole(ask, duck)
-            else:
+        news = np.flatnonzero(states != before).tolist()
+        for duck in news:
+            if states[duck] != library.MESSAGE_GOOD:
                 asks.lose(duck, self._what_is_wrong(memory, slot, duck, int(states[duck])))
+                break  # the ask is lost with it
+        else:
+            asks.arrived_whole(ask, news)
         if ask.ticket not in asks.open_asks:
             self._asks[number] = None
 
@@ -488,9 +490,12 @@ class ShmFeed:
         self._opened.callback(os.close, self._answers)
         os.set_blocking(self._answers, False)
         edges.register(self._asks, select.EPOLLIN | select.EPOLLET)
+        self._memory = memory
+        self._wait_for_asks(edges)
+
+    def _wait_for_asks(self, edges: select.epoll) -> None:
         self._loop.add_reader(edges.fileno(), self._woken, edges)
         self._opened.callback(self._loop.remove_reader, edges.fileno())
-        self._memory = memory
 
     # asks
 
@@ -505,7 +510,8 @@ class ShmFeed:
 
     def _look(self) -> None:
         memory = self._memory
-        assert memory is not None
+        if memory is None:  # the session has ended
+            return
         fresh: list[tuple[int, Slot]] = []
         for number, slot in enumerate(self._layout.slots):
             ticket = memory.word(slot.ticket)

@@ -205,7 +205,9 @@ async def test_ducks_report_how_long_they_took(flock: FakeFlock) -> None:
 # --- cancelling
 
 
-async def test_cancel_frees_the_rows_and_late_answers_land_nowhere(flock: FakeFlock) -> None:
+async def test_cancel_frees_the_rows_and_late_answers_land_nowhere(
+    kind: str, flock: FakeFlock
+) -> None:
     free = flock.free
     for duck in flock.ducks:
         duck.hold(1)
@@ -222,7 +224,9 @@ async def test_cancel_frees_the_rows_and_late_answers_land_nowhere(flock: FakeFl
         duck.let_go()
     for ask, want in asks:
         np.testing.assert_array_equal((await ask).partials(2), want)
-    assert flock.transport.stats()["late_answers"] == 3
+    late = flock.transport.stats()["late_answers"]
+    # What a bad network loses of them nobody asks for again.
+    assert late == 3 or (kind.startswith("multicast") and kind.endswith("faulty") and late < 3)
     for ask, _ in asks:
         ask.release()
 

@@ -13,7 +13,7 @@ import numpy as np
 from duck import wire
 from duck.placement import Plan
 from duck.transports.control import NONCE_BYTES, PROTOCOL
-from duck.transports.tcp import TcpTransport
+from duck.transports.tcp import CHECKSUMS, TcpTransport
 from duck.transports.tls import Credentials
 from tests.flocks import WAIT_S
 
@@ -165,6 +165,8 @@ class ScriptedDuck:
         script: called instead of WELCOME, with the connection and HELLO.
     """
 
+    checksum = ""  # what the last host wants its frames covered by
+
     def __init__(
         self,
         welcome: dict[str, Any] | None = None,
@@ -202,7 +204,9 @@ class ScriptedDuck:
                 peer.say("OK")
                 self.data.put_nowait(peer)
                 await asyncio.get_running_loop().create_future()
-            elif self._script:
+                return
+            ScriptedDuck.checksum = message.get("plane", {}).get("checksum", "crc32")
+            if self._script:
                 await self._script(peer, message)
             else:
                 peer.say(
@@ -228,7 +232,12 @@ class ScriptedDuck:
 
 
 def answer(
-    plan: Plan, header: wire.Header, values: np.ndarray, *, stamps: bytes = bytes(16), **head: Any
+    plan: Plan,
+    header: wire.Header,
+    values: np.ndarray,
+    *,
+    stamps: bytes = bytes(16),
+    **head: Any,
 ) -> bytes:
     """The frames of an answer to an ask; `head` replaces fields of its header."""
     body = stamps + wire.to_wire(values, plan.shape.answer_dtype).tobytes()
@@ -240,7 +249,10 @@ def answer(
             "message_bytes": len(body), "offset": offset, **head,
         }  # fmt: skip
         payload = body[offset : offset + size]
-        out += [wire.pack_header(**fields, payload=payload), payload]
+        out += [
+            wire.pack_header(**fields, payload=payload, checksum=CHECKSUMS[ScriptedDuck.checksum]),
+            payload,
+        ]
     return b"".join(out)
 
 

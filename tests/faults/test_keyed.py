@@ -261,10 +261,11 @@ def _flip(frame: bytes, at: int) -> bytes:
 
 
 def _moved(host: HandHost, **head: Any) -> bytes:
-    """A frame's seal under another header, with a checksum that is right."""
+    """A frame's seal under another header."""
     frame = host.ask()
     fields = {"session": host.session, "layer": 1, "source": wire.HOST, "ticket": 1, **head}
-    return wire.pack_header(wire.Kind.ASK, payload=b"", message_bytes=48, **fields) + frame[32:]
+    moved = wire.pack_header(wire.Kind.ASK, payload=b"", message_bytes=48, **fields)
+    return moved[:28] + bytes(4) + frame[32:]
 
 
 BAD_ASKS: dict[str, tuple[Callable[[HandHost], bytes], str]] = {
@@ -274,8 +275,8 @@ BAD_ASKS: dict[str, tuple[Callable[[HandHost], bytes], str]] = {
     ),
     "body": (lambda host: _flip(host.ask(), 60), "not authentic"),
     "tag": (lambda host: _flip(host.ask(), 95), "not authentic"),
-    "header": (lambda host: _flip(host.ask(), 8), "header failed its checksum"),
-    "checksum": (lambda host: _flip(host.ask(), 28), "header failed its checksum"),
+    "header": (lambda host: _flip(host.ask(), 8), "not authentic"),
+    "checksum": (lambda host: _flip(host.ask(), 28), "has no seal"),
     "another ticket": (lambda host: _moved(host, ticket=2), "not authentic"),
     "another layer": (lambda host: _moved(host, layer=2), "not authentic"),
     "another session": (lambda host: _moved(host, session=host.session ^ 1), "a frame of session"),
@@ -283,7 +284,7 @@ BAD_ASKS: dict[str, tuple[Callable[[HandHost], bytes], str]] = {
     "no seal": (
         lambda host: wire.pack_header(
             wire.Kind.ASK, host.session, 1, 1, wire.HOST, payload=bytes(48)
-        ) + bytes(64), "failed its checksum, or has no seal",
+        ) + bytes(64), "has no seal",
     ),
     "no seal, its sizes right": (lambda host: host.ask()[:32] + bytes(64), "not authentic"),
     "another key": (

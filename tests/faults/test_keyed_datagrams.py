@@ -16,7 +16,7 @@ from duck.config import Network
 from duck.transports.base import Ask
 from duck.transports.datagrams import Address, UdpSocket
 from duck.transports.listen import ListeningDuck
-from duck.transports.multicast import MulticastTransport
+from duck.transports.multicast import MulticastPlane, MulticastTransport
 from duck.transports.tls import Credentials, Role
 from duck.wire import Kind
 from tests.flocks import KEY, WAIT_S, FakeDuck, listening, plan_for
@@ -97,7 +97,9 @@ class Pond:
 async def pond() -> AsyncIterator[Pond]:
     handler = FakeDuck(0)
     async with listening(handler, key=KEY) as (address, end):
-        transport = MulticastTransport([address], credentials=HOST, network=Network(mtu=1500))
+        transport = MulticastTransport(
+            [address], credentials=HOST, plane=MulticastPlane(Network(mtu=1500))
+        )
         try:
             await transport.start(PLAN)
             pond = Pond(transport, end, handler)

@@ -22,6 +22,7 @@ import duck
 from duck.errors import DuckLost, TransportError
 from duck.local import LocalDucks
 from duck.placement import Plan, equal_slices
+from duck.recording import read
 from duck.slices import ModelSource
 from duck.transports.tcp import TcpTransport
 from tests.checkpoints import CONFIG, make_checkpoint
@@ -264,6 +265,19 @@ def test_ctrl_c_while_modules_are_imported(processes: Marked, folder: Path, tmp_
     assert host.wait() == 130
     assert host.said() == ""
     processes.wait_until_none()
+
+
+def test_ctrl_c_leaves_a_whole_trace(processes: Marked, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    host = start(processes, tmp_path, "generate", folder, *ENDLESS, "--trace", str(path))
+    host.wait_for_text()
+    host.signal(signal.SIGINT)
+    assert host.wait() == 130
+    assert host.said() == ""
+    recording = read(path)
+    # A prompt, and at least one answer of each duck.
+    assert recording.on("loop", "prefill")
+    assert set(recording.asks[0].answers) == {0, 1}
 
 
 # --- an answer that is broken off

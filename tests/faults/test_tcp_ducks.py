@@ -14,6 +14,7 @@ import pytest
 
 from duck import wire
 from duck.errors import DuckLost, TransportClosed, TransportError, WireError
+from duck.kernels import library
 from duck.placement import Plan
 from duck.transports import base, control
 from duck.transports.base import Ask
@@ -24,6 +25,12 @@ from tests.flocks import WAIT_S, FakeDuck, listening, plan_for
 
 PLAN = plan_for(1)
 IDS = np.zeros((1, 2), np.int32)
+
+
+@pytest.fixture(autouse=True, params=["crc32", "crc32c"])
+def _checksum(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames are received by the long way with one, and looked ahead to with the other."""
+    monkeypatch.setattr(library, "is_loaded", lambda: request.param == "crc32c")
 
 
 @pytest.fixture(autouse=True)

@@ -165,6 +165,8 @@ async def test_a_peer_that_connects_and_stalls(served: tuple[str, ListeningDuck]
         ({"data": "pigeon"}, "this duck has no transport 'pigeon', it has tcp, shm"),
         ({"data": 7}, "field 'data' is int"),
         ({"plane": []}, "field 'plane' is list"),
+        ({"plane": {"checksum": "sum"}}, "checksum 'sum', this duck has crc32, crc32c"),
+        ({"plane": {"checksum": 3}}, "field 'checksum' is int"),
     ],
 )
 async def test_hello_that_is_refused(

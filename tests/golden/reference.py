@@ -7,7 +7,7 @@ dequantised here with torch's float8 types and handed over in float32.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from transformers import (
     DeepseekV3ForCausalLM,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
 )
 
 _MODELS: dict[str, tuple[Any, Any]] = {
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
     "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
     "kimi_k2": (DeepseekV3Config, DeepseekV3ForCausalLM),
 }
 
@@ -39,6 +42,18 @@ class Reference:
     tensors: dict[str, Tensor]  # of the whole checkpoint, float32
     layers: int
     has_mtp: bool
+    # Of the last text: (T, K) positions that each layer's indexer selected for each row.
+    selected: dict[int, Tensor] = field(default_factory=dict)
+
+    def watch(self) -> None:
+        """Keep `selected` up to date, of models that have an indexer."""
+        for number, layer in enumerate(self.model.model.layers):
+
+            def note(_module: Any, _args: Any, output: Tensor, number: int = number) -> None:
+                self.selected[number] = output[0]
+
+            if hasattr(layer.self_attn, "indexer"):
+                layer.self_attn.indexer.register_forward_hook(note)
 
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> Tensor:
@@ -61,7 +76,8 @@ class Reference:
         embedded = self.tensors["model.embed_tokens.weight"][torch.tensor(ids[1:])]
         pair = (self._rms(embedded, f"{name}.enorm"), self._rms(h, f"{name}.hnorm"))
         z = torch.cat(pair, dim=-1) @ self.tensors[f"{name}.eh_proj.weight"].T
-        z = decoder.layers[self.layers](z[None], **seen)[0]
+        z = decoder.layers[self.layers](z[None], **seen)
+        z = z[0][0] if isinstance(z, tuple) else z[0]  # GLM's brings what it selected
         return self._rms(z, f"{name}.shared_head.norm") @ self.model.lm_head.weight.T
 
     def _rms(self, x: Tensor, name: str) -> Tensor:
@@ -102,7 +118,9 @@ def load(folder: Path) -> Reference:
         state[f"{name}.gate_up_proj"] = torch.cat((stack("gate"), stack("up")), dim=1)
         state[f"{name}.down_proj"] = stack("down")
     model.load_state_dict(state, strict=True)
-    return Reference(model, tensors, layers, bool(mtp))
+    truth = Reference(model, tensors, layers, bool(mtp))
+    truth.watch()
+    return truth
 
 
 def _dequantised(folder: Path, block: tuple[int, int]) -> dict[str, Tensor]:

@@ -1,25 +1,26 @@
-"""A duck process that answers at once: `python -m tests.network.fake_node --listen HOST:PORT`.
+"""Duck processes that answer at once, each in its network namespace.
 
-Its partial sums are x * (number + 1) + layer. It ends when its standard input does.
+`python -m tests.network.fake_node NAMESPACE=HOST:PORT ...` forks one for each: that many processes
+for the price of one start. Their partial sums are x * (number + 1) + layer. They end with stdin.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import uvloop
 
-from duck.node import _loop_factory
 from duck.placement import Plan
 from duck.transports.base import Loading
 from duck.transports.listen import ListeningDuck
-from duck.transports.multicast import MulticastDuckPlane
-from duck.transports.tcp import TcpDuckPlane
+from duck.transports.planes import duck_planes
+from tests.network.pond import enter
 
 
 class FakeNode:
@@ -42,23 +43,27 @@ def partial_sums(number: int, layer: int, x: np.ndarray) -> np.ndarray:
 
 async def _serve(listen: str) -> None:
     def ready(address: str) -> None:
-        print(json.dumps({"event": "listening", "address": address}), flush=True)
+        line = json.dumps({"event": "listening", "address": address})
+        os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
 
-    tcp = TcpDuckPlane()
-    serving = asyncio.create_task(
-        ListeningDuck(listen, ready, [tcp, MulticastDuckPlane(tcp)]).serve(FakeNode())
-    )
-    loop = asyncio.get_running_loop()
-    loop.add_reader(sys.stdin, serving.cancel)
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(0, ended.set)  # readable when the test is gone
+    serving = asyncio.create_task(ListeningDuck(listen, ready, duck_planes()).serve(FakeNode()))
+    await asyncio.wait([serving, asyncio.create_task(ended.wait())], return_when="FIRST_COMPLETED")
+    serving.cancel()
     await asyncio.wait([serving])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--listen", required=True)
-    listen = parser.parse_args().listen
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(listen))
+    """Fork the ducks and wait for them."""
+    for word in sys.argv[1:]:
+        namespace, _, listen = word.partition("=")
+        if not os.fork():
+            enter(namespace)
+            uvloop.run(_serve(listen))
+            os._exit(0)
+    for _ in sys.argv[1:]:
+        os.wait()
 
 
 if __name__ == "__main__":

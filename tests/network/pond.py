@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -160,40 +161,50 @@ class Pond:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-            cwd=ROOT,
+            cwd=ROOT, start_new_session=True,
         )  # fmt: skip
         self.processes.append(process)
         return process
 
     def start_ducks(self, *words: str) -> None:
         """The same command on every duck, with its --listen; waits until all of them listen."""
-        started = [
+        for number, address in enumerate(self.addresses()):
             self.start(number + 1, *words, "--listen", address)
+        for process in self.processes[-self.ducks :]:
+            self._wait_for_one(process)
+
+    def start_fake_ducks(self) -> None:
+        """A process on every duck that answers at once; waits until all of them listen."""
+        ducks = [
+            f"{self._prefix}-m{number + 1}={address}"
             for number, address in enumerate(self.addresses())
         ]
-        for process in started:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, f"a duck ended before it listened: {process.wait(10)}"
-            assert json.loads(line)["event"] == "listening"
+        process = self.start(0, "-m", "tests.network.fake_node", *ducks)
+        for _ in ducks:
+            self._wait_for_one(process)
+
+    @staticmethod
+    def _wait_for_one(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"a duck ended before it listened: {process.wait(10)}"
+        assert json.loads(line)["event"] == "listening"
 
     @contextlib.contextmanager
     def on_host(self) -> Iterator[None]:
         """What this thread opens meanwhile belongs to the host's network."""
-        with (
-            Path("/proc/thread-self/ns/net").open() as before,
-            Path(f"/run/netns/{self._prefix}-m0").open() as host,
-        ):
-            _enter(host.fileno())
+        with Path("/proc/thread-self/ns/net").open() as before:
+            enter(f"{self._prefix}-m0")
             try:
                 yield
             finally:
-                _enter(before.fileno())
+                _set_namespace(before.fileno())
 
     def close(self) -> None:
         """End what was started, and take all namespaces down."""
         for process in self.processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with whatever it has forked
         for process in self.processes:
             process.wait()
             for pipe in (process.stdin, process.stdout):
@@ -215,7 +226,13 @@ def _ip(*commands: str, inside: str = "") -> None:
         raise RuntimeError(f"ip {inside}: {commands}: {done.stderr}")
 
 
-def _enter(namespace: int) -> None:
+def enter(namespace: str) -> None:
+    """What this thread opens from now on belongs to that network."""
+    with Path(f"/run/netns/{namespace}").open() as file:
+        _set_namespace(file.fileno())
+
+
+def _set_namespace(file: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(namespace, _CLONE_NEWNET):
+    if libc.setns(file, _CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")

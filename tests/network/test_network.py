@@ -14,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 import duck
 from duck import wire
 from duck.config import Network
-from duck.errors import TransportError
+from duck.errors import ConfigError, DuckLost, TransportError
 from duck.placement import Plan
 from duck.transports.control import SILENT_TICKS
-from duck.transports.multicast import MulticastTransport
+from duck.transports.multicast import MulticastPlane, MulticastTransport
 from tests.flocks import WAIT_S, plan_for
 from tests.network.fake_node import partial_sums
 from tests.network.pond import Pond, why_not
@@ -40,7 +41,7 @@ def pond(request: pytest.FixtureRequest) -> Iterator[Pond]:
     """Ducks that answer at once."""
     pond = Pond(32 if request.config.getoption("--full") else 8)
     try:
-        pond.start_ducks("-m", "tests.network.fake_node")
+        pond.start_fake_ducks()
         yield pond
     finally:
         pond.close()
@@ -85,7 +86,7 @@ async def attached(pond: Pond, network: Network | None = None) -> AsyncIterator[
     plan = plan_for(
         pond.ducks, hidden=7168, max_rows=64, ask_dtype="bfloat16", answer_dtype="bfloat16"
     )
-    transport = MulticastTransport(pond.addresses(), network=network)
+    transport = MulticastTransport(pond.addresses(), plane=MulticastPlane(network))
     try:
         await transport.start(plan)
         rounds = Rounds(transport, plan)
@@ -178,20 +179,83 @@ def test_a_duck_that_hears_no_datagrams_is_refused_by_name(pond: Pond) -> None:
         pond.filter()
 
 
-def test_an_interface_that_ducks_are_not_behind(pond: Pond) -> None:
-    async def main(interface: str, told: str) -> None:
-        with pytest.raises(TransportError, match=told):
-            async with attached(pond, Network((interface,))):
+@pytest.mark.full
+def test_a_duck_whose_datagrams_end_while_its_connections_live(pond: Pond) -> None:
+    """Lost after ten seconds, by name and with the reason."""
+
+    async def main() -> None:
+        async with attached(pond) as rounds:
+            pond.filter(f"ether type ip ip saddr {pond.address(2)} ip protocol udp drop")
+            with pytest.raises(DuckLost, match=r"duck 1 .* is UDP blocked on the way\?") as caught:
+                await rounds.run(1)
+            assert caught.value.index == 1
+
+    try:
+        with pond.on_host():
+            asyncio.run(main())
+    finally:
+        pond.filter()
+
+
+def test_a_switch_that_forgets_the_group(pond: Pond) -> None:
+    """As one that snoops IGMP does when nobody asks for members: asks still come, one by one."""
+
+    async def main() -> None:
+        async with attached(pond) as rounds:
+            pond.filter("ether type ip ip daddr 224.0.0.0/4 drop")
+            with capture_logs() as logs:
+                await rounds.run(60)
+            told = [entry for entry in logs if entry["event"] == "multicasts_do_not_arrive"]
+            assert {entry["duck"] for entry in told} == set(rounds.transport.labels)
+            assert len(told) == pond.ducks
+
+    try:
+        with pond.on_host():
+            asyncio.run(main())
+    finally:
+        pond.filter()
+
+
+def test_two_hosts_at_once_do_not_hear_each_other(pond: Pond) -> None:
+    async def main() -> None:
+        async with attached(pond) as one, attached(pond) as other:
+            pond.lose(1)
+            await asyncio.gather(one.run(50), other.run(50))
+            for rounds in (one, other):
+                assert rounds.count("strangers") == rounds.count("malformed") == 0
+
+    try:
+        with pond.on_host():
+            asyncio.run(main())
+    finally:
+        pond.filter()
+
+
+def test_interfaces_that_will_not_do(pond: Pond) -> None:
+    async def main(network: Network | None, error: type[Exception], told: str) -> None:
+        with pytest.raises(error, match=told):
+            async with attached(pond, network):
                 pass
 
+    def set_link(state: str) -> None:
+        pond.run("m0", ["ip", "link", "set", "e0", *state.split()])
+
     with pond.on_host():
-        asyncio.run(main("lo", r"reached through 10\.77\.0\.1, which is not on lo"))
+        lo, e0 = Network(("lo",)), Network(("e0",))
+        asyncio.run(main(lo, TransportError, r"reached through 10\.77\.0\.1, which is not on lo"))
+        set_link("multicast off")
+        asyncio.run(main(None, TransportError, r"e0 \(10\.77\.0\.1\) has no multicast"))
+        asyncio.run(main(e0, ConfigError, "interface e0 has no multicast"))
+        set_link("multicast on")
+        set_link("down")
+        asyncio.run(main(e0, ConfigError, "interface e0 is down; run: ip link set e0 up"))
+        set_link("up")
 
 
 def test_two_interfaces_two_groups() -> None:
     pond = Pond(4, nics=2)
     try:
-        pond.start_ducks("-m", "tests.network.fake_node")
+        pond.start_fake_ducks()
 
         async def main(network: Network | None) -> None:
             async with attached(pond, network) as rounds:

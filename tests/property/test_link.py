@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import zlib
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from duck import wire
 from duck.errors import TransportError, WireError
-from duck.transports.link import Link, data_frames, frame_bytes
+from duck.kernels import library
+from duck.transports.link import Ahead, Link, data_frames, frame_bytes
 
 
 class FakeTransport:
@@ -41,10 +43,32 @@ class FakeTransport:
 class Landing:
     """Frames of session 1, each landing in a fresh place; tickets in `unwanted` have none."""
 
-    def __init__(self) -> None:
-        self.landed: list[tuple[wire.Header, bytes]] = []
+    def __init__(self, guesses: Sequence[int] = ()) -> None:
+        self.got: list[tuple[wire.Header, bytes]] = []
         self.unwanted: set[int] = set()
         self.places: dict[int, bytearray] = {}
+        self.guesses = guesses  # how long the message of each ticket will be, 0 for no idea
+        self.ahead_of: dict[int, memoryview] = {}
+        self.straight = 0  # frames that came as they were looked ahead to
+
+    def ahead(self) -> Ahead | None:
+        ticket = len(self.got)
+        size = self.guesses[ticket] if ticket < len(self.guesses) else 0
+        if not size:
+            return None
+        front = wire.HEADER.pack(
+            wire.MAGIC, wire.VERSION, wire.Kind.ASK, 1, ticket, ticket, 5, 0, 1, size, 0, 0
+        )
+        place = self.ahead_of[ticket] = memoryview(bytearray(32 + size))
+        return Ahead(ticket, place, library.address_of(place), front[:28])
+
+    def wants(self, ticket: int) -> bool:
+        return ticket not in self.unwanted
+
+    def landed(self, ticket: int) -> None:
+        self.straight += 1
+        whole = self.ahead_of[ticket]
+        self.got.append((wire.unpack_header(whole), bytes(whole[32:])))
 
     def check(self, header: wire.Header) -> int:
         if header.session != 1:
@@ -63,18 +87,20 @@ class Landing:
     def arrived(self, header: wire.Header) -> None:
         stop = header.offset + wire.FRAME_LIMIT
         payload = bytes(self.places[header.ticket][header.offset : stop])
-        self.landed.append((header, payload))
+        self.got.append((header, payload))
 
 
 def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(scenario())
 
 
-def connected(frames: Landing | None = None) -> tuple[Link, FakeTransport]:
+def connected(
+    frames: Landing | None = None, checksum: wire.Checksum = zlib.crc32
+) -> tuple[Link, FakeTransport]:
     link, transport = Link(), FakeTransport()
     link.connection_made(transport)  # type: ignore[arg-type]
     if frames:
-        link.carry_data(frames)
+        link.carry_data(frames, checksum=checksum)
     return link, transport
 
 
@@ -94,9 +120,9 @@ SIZES = st.lists(st.integers(1, 200), min_size=1, max_size=6)
 MESSAGES = st.lists(st.binary(min_size=1, max_size=300), max_size=5)
 
 
-def _stream(messages: list[bytes], session: int = 1) -> bytes:
+def _stream(messages: list[bytes], session: int = 1, checksum: wire.Checksum = zlib.crc32) -> bytes:
     frames = [
-        data_frames(wire.Kind.ASK, session, ticket, ticket, 5, message)
+        data_frames(wire.Kind.ASK, session, ticket, ticket, 5, message, checksum)
         for ticket, message in enumerate(messages)
     ]
     return b"".join(b"".join(parts) for parts in frames)
@@ -108,9 +134,58 @@ def test_frames_land_however_they_are_cut(messages: list[bytes], sizes: list[int
         frames = Landing()
         link, transport = connected(frames)
         receive(link, _stream(messages), sizes)
-        assert [payload for _, payload in frames.landed] == messages
-        assert [header.ticket for header, _ in frames.landed] == list(range(len(messages)))
+        assert [payload for _, payload in frames.got] == messages
+        assert [header.ticket for header, _ in frames.got] == list(range(len(messages)))
         assert not transport.ended
+
+    run(scenario)
+
+
+GUESSES = st.lists(st.sampled_from(["right", "longer", "shorter", "none"]), max_size=5)
+
+
+def _guessed(messages: list[bytes], guesses: list[str]) -> list[int]:
+    change = {"right": 0, "longer": 7, "shorter": -1}
+    return [
+        0 if guess == "none" else max(1, len(message) + change[guess])
+        for message, guess in zip(messages, guesses, strict=False)
+    ]
+
+
+@given(MESSAGES, GUESSES, SIZES)
+def test_guesses_change_nothing(
+    messages: list[bytes], guesses: list[str], sizes: list[int]
+) -> None:
+    """Whatever the link looks ahead to, right or wrong, the same frames land."""
+
+    async def scenario() -> None:
+        frames = Landing(_guessed(messages, guesses))
+        link, transport = connected(frames, library.crc32c)
+        receive(link, _stream(messages, checksum=library.crc32c), sizes)
+        assert [payload for _, payload in frames.got] == messages
+        assert [header.ticket for header, _ in frames.got] == list(range(len(messages)))
+        assert not transport.ended
+        if all(guess == "right" for guess in guesses):
+            assert frames.straight == min(len(guesses), len(messages))
+
+    run(scenario)
+
+
+@given(MESSAGES.filter(len), GUESSES, SIZES, st.integers(0))
+def test_a_damaged_frame_never_arrives_by_a_guess(
+    messages: list[bytes], guesses: list[str], sizes: list[int], flip: int
+) -> None:
+    async def scenario() -> None:
+        frames = Landing(_guessed(messages, guesses))
+        link, transport = connected(frames, library.crc32c)
+        damaged = bytearray(_stream(messages, checksum=library.crc32c))
+        at = flip % (len(damaged) * 8)
+        damaged[at // 8] ^= 1 << at % 8
+        receive(link, bytes(damaged), sizes)
+        arrived = [payload for _, payload in frames.got]
+        assert arrived == messages[: len(arrived)]
+        assert sum(len(message) + 32 for message in arrived) <= at // 8
+        assert transport.ended or link._header is not None or link._have
 
     run(scenario)
 
@@ -137,7 +212,7 @@ def test_a_damaged_frame_never_arrives(messages: list[bytes], sizes: list[int], 
         at = flip % (len(damaged) * 8)
         damaged[at // 8] ^= 1 << at % 8
         receive(link, bytes(damaged), sizes)
-        arrived = [payload for _, payload in frames.landed]
+        arrived = [payload for _, payload in frames.got]
         assert arrived == messages[: len(arrived)]
         good = sum(len(message) + 32 for message in messages[: len(arrived)])
         assert good <= at // 8  # nothing from the damage on
@@ -153,7 +228,7 @@ def test_any_bytes_as_frames(data: bytes, sizes: list[int], ours: bool) -> None:
         frames = Landing()
         link, _ = connected(frames)
         receive(link, (b"\x44\x4b\x01\x01\x01\0\0\0" if ours else b"") + data, sizes)
-        assert not frames.landed
+        assert not frames.got
 
     run(scenario)
 
@@ -188,8 +263,24 @@ async def test_memory_given_up_in_the_middle_of_a_frame_is_not_written_again() -
     frames.unwanted.add(0)
     receive(link, data[32 + 60 :], [17])
     assert frames.places[0] == b"a" * 60 + bytes(40)
-    assert [payload for _, payload in frames.landed] == [b"b" * 100]
+    assert [payload for _, payload in frames.got] == [b"b" * 100]
     assert link.dropped == 1
+
+
+async def test_memory_given_up_in_the_middle_of_a_frame_that_was_looked_ahead_to() -> None:
+    frames = Landing([100, 100])
+    link, _ = connected(frames, library.crc32c)
+    data = _stream([b"a" * 100, b"b" * 100], checksum=library.crc32c)
+    receive(link, data[: 32 + 60], [1000])
+    place = frames.ahead_of[0]
+    frames.unwanted.add(0)
+    receive(link, data[32 + 60 : 132], [17])
+    assert place[32:] == b"a" * 60 + bytes(40)
+    assert link.dropped == 1
+    assert not frames.got
+    frames.guesses = ()
+    receive(link, data[132:], [17])
+    assert [payload for _, payload in frames.got] == [b"b" * 100]
 
 
 async def test_bytes_ahead_of_the_switch() -> None:

@@ -418,6 +418,17 @@ def test_an_ask_that_nobody_got_is_sent_to_all_at_once() -> None:
     assert counts.nacks == 0
 
 
+def test_asks_that_only_come_when_asked_for_are_counted_in_a_row() -> None:
+    world = World(2, Weather(), random.Random(0))
+    for ticket, arrives in enumerate((True, False, False, False), 1):
+        world.host.ask(ticket, body(ticket, 470), 476, arrives=arrives)
+        world.run()
+    assert world.host.half.missed == [3, 3]
+    world.host.ask(9, body(9, 470), 476)
+    world.run()
+    assert world.host.half.missed == [0, 0]
+
+
 def test_cancelled_asks_are_forgotten_and_late_answers_counted_once() -> None:
     world = World(2, Weather(), random.Random(0), compute_s=5e-3)
     world.host.ask(1, body(1, 300), 476)

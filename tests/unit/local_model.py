@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from duck.model.config import ModelConfig
+from duck.model.holding import Holding
+from duck.model.indexer import Indexer
 from duck.model.transformer import DecoderLayer, KVCache, Transformer
 from duck.model.weights import Checkpoint
 
@@ -16,13 +20,13 @@ from duck.model.weights import Checkpoint
 class LocalModel:
     """`duck.model` with its experts in the same process."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, dtype: str = "float32", **options: Any) -> None:
+        """options: as Holding.choose has them."""
         self.folder = folder
         self.config = ModelConfig.load(folder)
         checkpoint = Checkpoint.open(folder)
-        self.model = Transformer.load(
-            checkpoint, self.config, device=torch.device("cpu"), dtype=dtype
-        )
+        holding = Holding.choose(self.config, dtype=dtype, **options)
+        self.model = Transformer.load(checkpoint, self.config, holding, device=torch.device("cpu"))
         columns = range(self.config.moe_intermediate_size)
         self.experts = {
             (layer, expert): [
@@ -70,3 +74,29 @@ class LocalModel:
                 gate, up, down = self.experts[layer.index, expert]
                 sums[row] += weight * (down @ (F.silu(gate @ h) * (up @ h)))
         return layer.merge(x, layer.shared(routed.h), sums)
+
+
+class WatchedModel(LocalModel):
+    """Notes what every row of every layer selected: {(layer, position): positions}."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.selected: dict[tuple[int, int], frozenset[int]] = {}
+        self._layer = 0
+        plain = Indexer.select
+
+        def select(
+            indexer: Indexer, x: Tensor, q_latent: Tensor, keys: Tensor, position: int
+        ) -> Tensor:
+            selected = plain(indexer, x, q_latent, keys, position)
+            for row, chosen in enumerate(selected.tolist()):
+                self.selected[self._layer, position + row] = frozenset(chosen)
+            return selected
+
+        monkeypatch.setattr(Indexer, "select", select)
+
+    def run(
+        self, layer: DecoderLayer, x: Tensor, cache: KVCache, position: int, last: int | None = None
+    ) -> Tensor:
+        self._layer = layer.index
+        return super().run(layer, x, cache, position, last)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from duck.kernels.reference import device
 from duck.kernels.reference.device import attend_absorbed, attend_naive
-from duck.model.attention import KVCache
 from tests.checkpoints import make_checkpoint
 from tests.unit.local_model import LocalModel
 
@@ -57,7 +56,7 @@ def test_both_forms_are_the_definition(
     scores: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(device, "_SCORES", scores)
+    monkeypatch.setattr(device, "SCORES", scores)
     q_nope, q_pe, latent, wk, wv = operands(rows, position)
     got = attend(q_nope, q_pe, latent, wk, wv, 0.3, position)
     expected = by_definition(q_nope, q_pe, latent, wk, wv, position)
@@ -119,7 +118,7 @@ def test_last_rows_only_still_writes_every_latent(model: LocalModel, last: int) 
     got = layer.attend(x, part, 0, last=last)
     assert got.shape == (last, 160)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(full.read(1, 24), part.read(1, 24))
+    assert torch.equal(full.latents.read(1, 24), part.latents.read(1, 24))
 
 
 def test_a_rewind_is_a_smaller_position(model: LocalModel) -> None:
@@ -141,14 +140,3 @@ def test_growing_keeps_what_is_there(model: LocalModel) -> None:
     assert cache.capacity == 24
     got = model.hidden(IDS[10:], cache, 10)
     torch.testing.assert_close(got, model.hidden(IDS)[10:], rtol=1e-4, atol=1e-4)
-
-
-def test_writing_beyond_the_capacity_fails() -> None:
-    cache = KVCache(1, 4, 3, device=torch.device("cpu"), dtype=torch.float32)
-    cache.write(0, 2, torch.ones(1, 4))
-    with pytest.raises(AssertionError, match=r"2\.\.4 of 3"):
-        cache.write(0, 2, torch.ones(2, 4))
-
-
-def test_cache_holds_the_latents_of_all_layers_and_the_mtp_layer(model: LocalModel) -> None:
-    assert model.model.new_cache(10).nbytes == 4 * 10 * (32 + 8) * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from safetensors.numpy import load_file
 
 from duck import cli
 from duck.keys import ClusterKey
-from duck.model.config import ModelConfig
 from duck.model.weights import Checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.perfetto import check_schema
@@ -64,6 +64,10 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--trace", "."), "--trace '.' is no file"),
         (("trace",), "WHAT"),
         (("generate", "MODEL", *IDS, "--transport", "loopback", "--ducks", "h:1"), "inside this"),
+        (("generate", "MODEL", *IDS, "--max-len", "0"), "--max-len 0: the model's context is 2560"),
+        (("generate", "MODEL", *IDS, "--max-len", "3"), "a session holds 3 tokens (--max-len)"),
+        (("generate", "MODEL", *IDS, "--kv", "int4"), "--kv 'int4': want one of auto, bf16, fp8"),
+        (("generate", "MODEL", *IDS, "--indexer", "on"), "want one of auto, exact, fp8"),
         (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "--model DIR (or --store DIR)"),
         (("score", "MODEL", "--prompt-ids", "1"), "at least two"),
         (("score", "MODEL", *IDS, "--logits-out", "no/dir/x"), "no such folder: no/dir"),
@@ -79,6 +83,14 @@ IDS = ("--prompt-ids", "5,6,7")
         (("bench", "kernel", "--threads", "all"), "--threads 'all'"),
         (("bench", "kernel", "--memory-gib", "9e9"), "free, want less"),
         (("bench", "kernel", "--repeats", "0"), "--repeats 0: want more than 0"),
+        (("bench", "transport", "--transport", "shm,pigeon"), "want some of shm, tcp, multicast"),
+        (("bench", "transport", "--ducks", "1,65"), "--ducks 1,65: want at most 64"),
+        (("bench", "transport", "--rows", "0"), "--rows '0'"),
+        (("bench", "transport", "--rows", "1025"), "--rows 1025: want at most 1024"),
+        (("bench", "transport", "--loss", "60%"), "--loss '60%': want shares up to 50%"),
+        (("bench", "transport", "--loss", "much"), "--loss 'much'"),
+        (("bench", "transport", "--seconds", "nan"), "--seconds nan"),
+        (("bench", "transport", "--plot", "x.png"), "--plot draws latency over loss"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL", "--key-file", "x"), "duck key x"),
         (
@@ -184,9 +196,15 @@ def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transp
     assert code == 0
     load = json.loads(out)["load"]
     stored = Checkpoint.open(folder)
+    held = [name for name in stored.tensors if ".experts." not in name]
     host = sum(category["source_bytes"] for category in load["host"])
-    assert host == stored.nbytes_without_experts(ModelConfig.load(folder))
+    assert host == sum(stored.info(name).nbytes for name in held)  # scales too
     assert load["kv_bytes_per_token"] == 4 * (32 + 8) * 4  # layers, latent and rope, float32
+    memory = load["memory"]
+    assert (memory["max_len"], memory["kv"], memory["indexer"]) == (2560, "float32", None)
+    assert memory["kv_bytes"] == 2560 * load["kv_bytes_per_token"]
+    assert memory["weights_bytes"] == sum(c["resident_bytes"] for c in load["host"])
+    assert memory["free_bytes"] > 0
     first, second = load["ducks"]
     assert (first["start"], first["stop"], second["stop"]) == (0, 128, 192)
     assert first["theory_bytes"] + second["theory_bytes"] == first["source_bytes"]
@@ -195,7 +213,8 @@ def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transp
     assert not first["warm"]
     code, _, err = run(capfd, *words)
     assert code == 0
-    for word in ("linears, fp8 -> float32", "KV cache", "theory", "theory:", "0:128", "all"):
+    assert re.search(r"^weights \d+ MiB, KV 2 MiB at 2,560 tokens, free [\d,]+ MiB$", err, re.M)
+    for word in ("linears, fp8 -> float32", "KV cache, float32", "theory:", "0:128", "all"):
         assert word in err
     (row,) = [line for line in err.splitlines() if "0:128" in line]  # in 80 columns, unbroken
     assert row.split()[:3] == ["duck", "0", "0:128"]
@@ -282,6 +301,31 @@ def test_what_files_say_does_nothing_to_the_terminal(
     file.write_text('[[duck]]\nname = "a\\u001b[31m\\nb"\naddress = "127.0.0.1:1"\n')
     code, _, err = run(capfd, "generate", folder, *IDS, "--ducks", file)
     assert (code, err.count("\n"), "\x1b" in err) == (3, 1, False)
+
+
+def test_bench_transport(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "loss.png"
+    words = ("--ducks", "2", "--rows", "1,5", "--loss", "1%", "--seconds", "0.05")
+    code, out, err = run(capfd, "bench", "transport", *words, "--plot", picture, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    cells = [(row["transport"], row["rows"], row["loss"]) for row in report["rows"]]
+    plain = [(transport, rows, 0) for transport in ("shm", "tcp") for rows in (1, 5)]
+    assert cells == [*plain, *[("multicast", rows, loss) for rows in (1, 5) for loss in (0, 0.01)]]
+    for row in report["rows"]:
+        assert row["ducks"] == 2
+        assert 0 < row["p50_us"] <= row["p99_us"]
+        assert row["ratio"] > 0
+    calls = {row["transport"]: row["calls"] for row in report["rows"] if row["rows"] == 1}
+    assert calls["shm"] < calls["tcp"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_transport_for_people(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("--transport", "shm", "--ducks", "1", "--rows", "1", "--seconds", "0.05")
+    code, out, _ = run(capfd, "bench", "transport", *words)
+    assert code == 0
+    assert out.splitlines()[-1].split()[:3] == ["shm", "1", "1"]
 
 
 def test_bench_kernel(capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from duck.model.config import SUPPORTED, ModelConfig, Yarn
 from tests.checkpoints import CONFIG
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-V32 = {"model_type": "deepseek_v32", "index_topk": 64}
+INDEXER = {"index_topk": 64, "index_n_heads": 4, "index_head_dim": 16}
+V32 = {"model_type": "deepseek_v32", **INDEXER}
 
 
 def load(tmp_path: Path, generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
@@ -31,7 +32,8 @@ def test_plain(tmp_path: Path) -> None:
     assert (config.hidden_size, config.q_lora_rank, config.n_shared_experts) == (160, 48, 1)
     assert config.moe_layers == (1, 2, 3)  # the MTP layer is number 3
     assert config.mtp_layers == 1
-    assert config.max_context == 2560
+    assert config.max_position_embeddings == 2560
+    assert (config.index_topk, config.index_n_heads, config.index_head_dim) == (None, 0, 0)
     assert config.weight_block_size is None
     assert config.eos_token_ids == (1,)
     assert config.rope.theta == 10000
@@ -99,10 +101,13 @@ def test_block_size(tmp_path: Path) -> None:
     assert load(tmp_path, quantization_config=FP8).weight_block_size == (128, 128)
 
 
-def test_sparse_attention_limits_the_context(tmp_path: Path) -> None:
-    assert load(tmp_path, **V32).max_context == 64
-    assert load(tmp_path, **V32, max_position_embeddings=48).max_context == 48
-    assert load(tmp_path, index_topk=32).max_context == 32  # the key alone signals it
+def test_indexer(tmp_path: Path) -> None:
+    config = load(tmp_path, **V32)
+    assert (config.index_topk, config.index_n_heads, config.index_head_dim) == (64, 4, 16)
+    assert not config.indexer_rope_interleave
+    assert load(tmp_path, **INDEXER).index_topk == 64  # the keys alone signal it
+    glm = {**INDEXER, "model_type": "glm_moe_dsa", "indexer_types": ["full"] * 3}
+    assert load(tmp_path, **glm).indexer_rope_interleave
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -157,6 +162,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "eos kind": ({"eos_token_id": "</s>"}, "eos_token_id: '</s>', want a token id or a list"),
     "layer types": ({"mlp_layer_types": ["sparse", "dense", "sparse"]}, "mlp_layer_types: want"),
     "v3.2 topk": ({"model_type": "deepseek_v32"}, "index_topk: missing"),
+    "index heads": ({**V32, "index_n_heads": ...}, "index_n_heads: missing"),
+    "index width": ({**V32, "index_head_dim": 24}, "index_head_dim: 24 is no power of two"),
+    "index rope": ({**V32, "index_head_dim": 4}, "4 is below qk_rope_head_dim 8"),
+    "index latent": ({**V32, "q_lora_rank": None}, "q_lora_rank: null, but the indexer"),
+    "index shared": ({**V32, "indexer_types": ["full", "shared", "full"]}, "share a choice"),
+    "index freq": ({**V32, "index_topk_freq": 4}, "index_topk_freq: layers that share a choice"),
+    "index kinds": ({**V32, "indexer_types": 7}, "indexer_types: layers that share"),
+    "index mix": ({**V32, "indexer_types": ["full", {}]}, "indexer_types: layers that share"),
+    "index pattern": ({**V32, "index_topk_pattern": "FSF"}, "index_topk_pattern: layers that"),
+    "glm topk": ({"model_type": "glm_moe_dsa"}, "index_topk: missing, but glm_moe_dsa needs it"),
     "v2 norm": ({"model_type": "deepseek_v2"}, "norm_topk_prob: true is not supported"),
 }
 

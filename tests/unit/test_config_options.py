@@ -196,6 +196,12 @@ def test_ducks_of_the_wrong_kind(ducks: Any) -> None:
         Options(ducks=ducks)
 
 
+@pytest.mark.parametrize("length", ["5", 5.0, True])
+def test_a_length_is_a_whole_number(length: Any) -> None:
+    with pytest.raises(ConfigError, match=r"--max-len .*: want a whole number"):
+        Options(max_len=length)
+
+
 FLOCK = "".join(f'[[duck]]\naddress = "pond:{n}"\n' for n in (1, 2)) + "{}\n"
 
 

@@ -255,3 +255,15 @@ async def test_a_session_gives_one_answer_at_a_time(folder: Path) -> None:
         await first.aclose()
         again = await engine.generate(PROMPT, GREEDY, session=session)
         assert again.token_ids == (await engine.generate(PROMPT, GREEDY)).token_ids
+
+
+async def test_a_trace_says_what_ended_the_run(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with pytest.raises(duck.DuckLost):
+        async with Engine.open(folder, ducks="local:1", transport="loopback", trace=str(path)):
+            raise duck.DuckLost("duck 0", 3, 12.0, "gone")
+    ended = "lost duck 0 at layer 3 after waiting 12 ms: gone"
+    assert json.loads(path.read_text())["otherData"]["ended"] == ended
+    async with Engine.open(folder, ducks="local:1", transport="loopback", trace=str(path)):
+        pass
+    assert "ended" not in json.loads(path.read_text())["otherData"]

@@ -25,7 +25,8 @@ from duck.pack import pack as pack_model
 from duck.placement import RESIDENTS
 from duck.sampling import Sampling
 from duck.slices import ModelSource, Source, StoreSource
-from duck.transports.tcp import TcpDuckEnd
+from duck.transports.listen import ListeningDuck
+from duck.transports.planes import duck_planes
 from tests import experts as shared
 from tests.checkpoints import make_checkpoint
 from tests.experts import (
@@ -406,7 +407,7 @@ async def test_one_answer_however_the_slices_get_there(resident: str, tmp_path: 
 async def serving(source: Source) -> AsyncIterator[str]:
     """A duck on a port of its own; gives its address."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    end = TcpDuckEnd("127.0.0.1:0", ready.set_result)
+    end = ListeningDuck("127.0.0.1:0", ready.set_result, duck_planes())
     task = asyncio.create_task(end.serve(Node(source, Kernel(threads=1))))
     try:
         yield await ready

@@ -73,10 +73,8 @@ def run(
         way = chooser.way(sessions)
         right = number % 8 < 8 * accept
         seconds = 1 / tokens_per_second(way, at, sessions)
-        if chooser.note(
-            way, seconds, sessions=sessions, proposed=int(way.draft), accepted=int(right)
-        ):
-            choice = chooser.decide(at, sessions=sessions)
+        if chooser.note(way, seconds, proposed=int(way.draft), accepted=int(right)):
+            choice = chooser.decide(way, at, sessions=sessions)
             assert "tok/s" in choice.why
     return chooser.way(sessions)
 
@@ -105,7 +103,7 @@ def test_auto_tries_one_and_two_rows_first() -> None:
     ways = []
     for _ in range(2 * PROBE_STEPS):
         ways.append(chooser.way(1))
-        due = chooser.note(ways[-1], 0.1, sessions=1, proposed=1, accepted=1)
+        due = chooser.note(ways[-1], 0.1, proposed=1, accepted=1)
     assert ways == [Way(WAVE, draft=True)] * PROBE_STEPS + [Way(BATCH, draft=True)] * PROBE_STEPS
     assert due
 
@@ -160,8 +158,8 @@ def test_early_is_used_where_it_was_faster() -> None:
         for _ in range(4 * RECHECK_STEPS):
             way = chooser.way(1)
             seconds = 0.1 / gain if way.early else 0.1
-            if chooser.note(way, seconds, sessions=1, proposed=1, accepted=1):
-                chooser.decide(TUNED, sessions=1)
+            if chooser.note(way, seconds, proposed=1, accepted=1):
+                chooser.decide(way, TUNED, sessions=1)
         assert run(chooser, 40, TUNED).early is want
     assert run(auto(early="on"), 40, TUNED).early
     assert not run(auto(early="off"), 3 * RECHECK_STEPS, TUNED).early

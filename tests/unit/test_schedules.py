@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from duck.config import CHOICES
 from duck.engine import Engine
+from duck.local import LocalDucks
 from duck.meter import Meter
 from duck.sampling import Sampling
 from tests.checkpoints import make_checkpoint
@@ -33,6 +34,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose drafts are often right: chance agreement is 1 in 4 with so few tokens."""
     folder = tmp_path_factory.mktemp("agreeing")
     return make_checkpoint(folder, seed=5, vocab_size=4, bos_token_id=0, eos_token_id=1)
+
+
+@pytest.fixture(scope="module")
+def ducks(folder: Path) -> Iterator[str]:
+    """Two processes that keep their slices: many hosts attach to them, one after the other."""
+    ducks = LocalDucks.launch(2, folder)
+    try:
+        asyncio.run(ducks.listening())
+        yield ",".join(ducks.addresses)
+    finally:
+        ducks.kill()
 
 
 async def together(engine: Engine, sessions: int, samplings: list[Sampling]) -> list[list[int]]:
@@ -76,24 +88,32 @@ def pairwise(*factors: Iterable[str]) -> list[tuple[str, ...]]:
     return chosen
 
 
-FACTORS = (SCHEDULES, DRAFTS, TRANSPORTS)
+FACTORS = (SCHEDULES, DRAFTS, TRANSPORTS, ("1", "2", "3", "4"))
 SUBSET = pairwise(*FACTORS)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "draft", "transport"),
+    ("schedule", "draft", "transport", "sessions"),
     [
         pytest.param(*row, marks=() if row in SUBSET else pytest.mark.full)
         for row in itertools.product(*FACTORS)
     ],
 )
 async def test_the_same_tokens(
-    folder: Path, plain: list[list[list[int]]], schedule: str, draft: str, transport: str
+    folder: Path,
+    ducks: str,
+    plain: list[list[list[int]]],
+    schedule: str,
+    draft: str,
+    transport: str,
+    sessions: str,
 ) -> None:
-    async with Engine.open(folder, schedule=schedule, draft=draft, transport=transport) as engine:
-        for sessions in (1, 2, 3, 4):
-            for samplings, want in zip((GREEDY, SEEDED), plain, strict=True):
-                assert await together(engine, sessions, samplings) == want[:sessions]
+    options = {"schedule": schedule, "draft": draft, "transport": transport}
+    if transport != "loopback":
+        options["ducks"] = ducks
+    async with Engine.open(folder, **options) as engine:
+        for samplings, want in zip((GREEDY, SEEDED), plain, strict=True):
+            assert await together(engine, int(sessions), samplings) == want[: int(sessions)]
 
 
 def test_every_two_values_meet() -> None:

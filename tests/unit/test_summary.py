@@ -17,7 +17,7 @@ from duck.plan.closed import TUNED
 from duck.plan.simulate import Busy, simulate
 from duck.recording import Recording, read
 from duck.summary import Summary, summarize
-from duck.trace import Trace
+from duck.trace import LATE, Trace
 
 DUCKS = 3
 MS = 1e-3
@@ -118,6 +118,17 @@ def test_exposed_wait_is_device_idle_while_asks_fly(tmp_path: Path) -> None:
     assert summary.overlap_efficiency == 0
 
 
+def test_how_late_the_loop_was_within_steps(tmp_path: Path) -> None:
+    trace = played("serial")
+    begun, ended = trace.spans()[0].start, trace.spans()[1].end
+    for number in range(1000):
+        trace.count(LATE, begun + (ended - begun) * number / 1000, float(number))
+        trace.count(LATE, ended + 1.0, 1e9)
+    trace.count("another", begun, 1e9)
+    assert summarize(recorded(trace, tmp_path)).late_us == 990
+    assert summarize(recorded(played("serial"), tmp_path)).late_us is None
+
+
 def test_the_straggler_has_a_name_and_a_reason(tmp_path: Path) -> None:
     summary = summarize(recorded(played("wave", slow=2), tmp_path))
     assert summary.straggler == "duck 2"
@@ -197,6 +208,8 @@ ANSWER = {"ask": 0, "queue_us": 0, "compute_us": 1, "answered_us": 1}
         ('{"ts": 1' + "0" * 5000 + "}", "no whole JSON file"),
         ("[]", "format 'duck trace 1'"),
         ('{"traceEvents": [], "otherData": {"format": "other"}}', "format 'duck trace 1'"),
+        (corrupt({**SPAN, "ph": "C"}), "event 0: value is None, want a number"),
+        (corrupt({**SPAN, "ph": "C", "args": {"value": 1e300}}), "value is 1e+300"),
         (corrupt(SPAN, ducks="x"), "ducks is no list of names"),
         (corrupt(7), "event 0 is no object"),
         (corrupt({**SPAN, "ts": float("nan")}), "event 0: ts is nan, want a number"),
@@ -237,6 +250,24 @@ def test_a_file_cut_anywhere_is_one_line(
         assert (code, out) == (2, "")
         assert "no whole JSON file" in err or "Not a gzipped" in err
         assert err.count("\n") == 1
+
+
+def test_names_in_a_file_command_neither_terminal_nor_typesetter(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trace = Trace(("\x1b[2J[bold]$\\frac", "duck 1"))
+    trace.about(ended="\x1b]0;title\x07[red]lost duck 1")
+    trace.span("loop", "step", 0, 1, schedule="$\\sqrt\x1b[31m[blink]", session="$x")
+    trace.span("device", "[link=x]\x1b", 0, 0.5, 3, session="$x")
+    trace.ask(3, 0.2, 0.9, [(0, 1000)] * 2, np.zeros((1, 2), np.int32), session="$x")
+    path = tmp_path / "trace.json"
+    trace.write(path)
+    code, out, err = run(capfd, str(path), "--png", str(tmp_path / "x.png"))
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "[red]lost duck 1" in out  # as it stands there
+    assert "[link=x]" in out
 
 
 def test_a_file_that_unpacks_to_too_much_is_one_line(

@@ -10,6 +10,7 @@ import torch
 from duck.errors import WeightsError
 from duck.model import layers
 from duck.model.config import ModelConfig
+from duck.model.holding import Holding
 from duck.model.transformer import Transformer
 from duck.model.weights import Checkpoint
 from tests.checkpoints import make_checkpoint
@@ -33,12 +34,13 @@ def model(folder: Path) -> LocalModel:
 def test_progress_ends_at_the_total_and_leaves_experts_out(tmp_path: Path, tied: bool) -> None:
     folder = make_checkpoint(tmp_path, seed=4, tokenizer=False, tie_word_embeddings=tied)
     checkpoint = Checkpoint.open(folder)
+    config = ModelConfig.load(folder)
     seen: list[tuple[int, int]] = []
     Transformer.load(
         checkpoint,
-        ModelConfig.load(folder),
+        config,
+        Holding.choose(config, dtype="float32"),
         device=CPU,
-        dtype=torch.float32,
         progress=lambda done, total: seen.append((done, total)),
     )
     wanted = sum(
@@ -59,17 +61,18 @@ def test_a_tensor_read_in_parts_is_the_same(
 
 def test_load_checks_the_checkpoint(folder: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path, seed=4, tokenizer=False, first_k_dense_replace=2)
+    config = ModelConfig.load(other)
+    holding = Holding.choose(config, dtype="float32")
     with pytest.raises(WeightsError):
-        Transformer.load(
-            Checkpoint.open(folder), ModelConfig.load(other), device=CPU, dtype=torch.float32
-        )
+        Transformer.load(Checkpoint.open(folder), config, holding, device=CPU)
 
 
 @torch.inference_mode()
 def test_types_and_shapes_of_every_step(model: LocalModel) -> None:
     for dtype in (torch.float32, torch.bfloat16):
+        holding = Holding.choose(model.config, dtype=str(dtype).removeprefix("torch."))
         whole = Transformer.load(
-            Checkpoint.open(Path(model.folder)), model.config, device=CPU, dtype=dtype
+            Checkpoint.open(Path(model.folder)), model.config, holding, device=CPU
         )
         x = whole.embed([5, 6, 7])
         assert (x.shape, x.dtype) == ((3, 160), dtype)
@@ -111,7 +114,7 @@ def test_dense_prefix_may_cover_all_layers_but_the_mtp_layer(tmp_path: Path) -> 
 
 def test_bf16_mostly_agrees_with_float32(folder: Path, model: LocalModel) -> None:
     """A random tiny model flips experts under any rounding: agreement is a rate, not a bound."""
-    narrow = LocalModel(folder, torch.bfloat16).logits(IDS)
+    narrow = LocalModel(folder, "bfloat16").logits(IDS)
     wide = model.logits(IDS)
     assert narrow.dtype == torch.float32
     agree = (narrow.argmax(-1) == wide.argmax(-1)).float().mean().item()
@@ -123,7 +126,7 @@ def test_bf16_mostly_agrees_with_float32(folder: Path, model: LocalModel) -> Non
 
 def test_router_norms_and_head_are_float32_in_bf16(folder: Path) -> None:
     """bf16 logits would tie, and a bf16 router would pick other experts."""
-    model = LocalModel(folder, torch.bfloat16)
+    model = LocalModel(folder, "bfloat16")
     logits = model.logits(IDS)
     assert (logits != logits.bfloat16().float()).float().mean() > 0.9
     layer = model.model.layers[1]

@@ -111,6 +111,9 @@ enum duck_message : std::uint8_t {
   DUCK_MESSAGE_OTHER = 3,  // the ticket is right and another field of the header is not; not copied
 };
 
+// Looks at one where it lies, header and body; `want` is 28 bytes. Never NONE.
+DUCK_API std::uint8_t duck_message_check(const void* place, const void* want, std::size_t bytes);
+
 // Copies the bodies of the messages that lie `stride` apart into rows that lie `row_stride` apart:
 // those whose state is NONE and whose header is `want` (28 bytes; the source of the one at index i
 // is larger by i). Updates `states`; returns how many are not NONE any more.

@@ -7,12 +7,16 @@ in. Rows are tokens; weights are (out, in).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SCORES = 1 << 24
-"""Attention scores held at once (64 MiB of float32); longer prompts go in blocks of rows."""
+from duck.kernels.reference import SCORES
+
+_E4M3_MAX = 448.0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,6 +24,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (weight * (wide * scale)).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The mean taken off, scaled to a variance of 1, then weight and bias: float32."""
+    return F.layer_norm(x.float(), weight.shape, weight, bias, eps)
 
 
 def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
@@ -45,6 +54,91 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x[..., 0::2].float(), x[..., 1::2].float()
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotate`, of the pairs (x[j], x[j + width / 2]): the indexer's way."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The last axis, a power of two wide, times the Sylvester-Hadamard matrix / sqrt(width).
+
+    It spreads single large numbers over the row before that is rounded to fp8; products of two rows
+    stay what they were. Additions only, in an order of its own: a row's bits depend on the row.
+    """
+    width = x.shape[-1]
+    wide, step = x.float(), 1
+    while step < width:
+        first, second = wide.reshape(*x.shape[:-1], -1, 2, step).unbind(-2)
+        wide = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        step *= 2
+    return wide / math.sqrt(width)
+
+
+def quantise_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """e4m3 codes of the last axis, and one scale for each `group` numbers of it.
+
+    A scale is the smallest power of two that brings the group's largest size to 448 or below; sizes
+    below 1e-4 count as that. Source: act_quant of DeepSeek-V3.2-Exp's inference code, with ue8m0.
+
+    Returns (..., width) float8_e4m3fn and (..., ceil(width / group)) float32.
+    """
+    width = x.shape[-1]
+    padded = F.pad(x.float(), (0, -width % group))
+    grouped = padded.reshape(*x.shape[:-1], -1, group)
+    scales = grouped.abs().amax(dim=-1).clamp_min(1e-4) / _E4M3_MAX
+    # Up to the next power of two on the bits; the logarithm of an exact one may come out above.
+    bits = (scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    scales = bits.view(torch.float32)
+    codes = (grouped / scales[..., None]).to(torch.float8_e4m3fn)
+    return codes.flatten(-2)[..., :width].contiguous(), scales
+
+
+def dequantise_groups(codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    """The numbers behind `quantise_groups`: float32, exact."""
+    spread = scales.repeat_interleave(group, dim=-1)
+    return codes.float() * spread[..., : codes.shape[-1]]
+
+
+def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """How much each row cares for each key: sum over heads of weight * relu(q . key).
+
+    q: (T, heads, d); weights: (T, heads), negative ones too; keys: (S, d), all float32. Returns
+    (T, S). Rounded to fp8, q and keys are e4m3 times a power of two, and so this is the arithmetic
+    as served. Source: DeepSeek-V3.2-Exp report, equation 1.
+    """
+    dots = torch.einsum("thd,sd->ths", q, keys).relu_()
+    return torch.einsum("th,ths->ts", weights, dots)
+
+
+def select_keys(q: Tensor, weights: Tensor, keys: Tensor, position: int, count: int) -> Tensor:
+    """The `count` keys with the highest index_scores of each row, positions ascending.
+
+    Row t is at `position` + t, sees the keys up to its own, and has at least `count` of them; keys:
+    (S, d) with S = position + T. Of equal scores the lower position wins. Returns (T, count) int64.
+    """
+    rows, heads = weights.shape
+    chosen = torch.empty(rows, count, dtype=torch.int64, device=q.device)
+    for start, stop in _row_blocks(rows, heads * len(keys)):
+        seen = keys[: position + stop]
+        scores = index_scores(q[start:stop], weights[start:stop], seen)
+        # What is not a number must not break the count of those chosen below.
+        scores = scores.nan_to_num(nan=float("-inf"))
+        scores.masked_fill_(_later(scores, position + start), float("-inf"))
+        chosen[start:stop] = _largest(scores, count)
+    return chosen
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Indices (T, count), ascending, of the largest values; of equal ones the first. No NaN."""
+    least = values.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, equal = values > least, values == least
+    room = count - above.sum(dim=-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(dim=-1) <= room))
+    return chosen.nonzero()[:, 1].view(len(values), count)
 
 
 def attend_absorbed(
@@ -78,6 +172,33 @@ def attend_absorbed(
     return torch.einsum("thr,hdr->thd", out, wv)
 
 
+def attend_selected(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    gather: Callable[[Tensor], Tensor],
+    selected: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    scale: float,
+) -> Tensor:
+    """`attend_absorbed` of every row to keys of its own: sparse attention.
+
+    selected: (T, K) positions, each row's own or before. gather: brings their latents, from
+    (rows, K) positions (rows, K, r + dr).
+    """
+    rank, heads, keys = wk.shape[2], wk.shape[0], selected.shape[1]
+    folded = torch.einsum("thd,hdr->thr", q_nope, wk)
+    query = torch.cat((folded, q_pe), dim=-1).float()
+    out = torch.empty_like(folded)
+    per_row = keys * max(heads, query.shape[-1])  # its scores, or the latents brought for it
+    for start, stop in _row_blocks(query.shape[0], per_row):
+        seen = gather(selected[start:stop]).float()
+        scores = torch.einsum("thr,tsr->ths", query[start:stop], seen) * scale
+        weights = scores.softmax(dim=-1)
+        out[start:stop] = torch.einsum("ths,tsr->thr", weights, seen[..., :rank]).to(out.dtype)
+    return torch.einsum("thr,hdr->thd", out, wv)
+
+
 def attend_naive(
     q_nope: Tensor,
     q_pe: Tensor,
@@ -104,15 +225,19 @@ def attend_naive(
 
 
 def _row_blocks(rows: int, scores_per_row: int) -> list[tuple[int, int]]:
-    step = max(1, _SCORES // scores_per_row)
+    step = max(1, SCORES // scores_per_row)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _causal_softmax(scores: Tensor, position: int) -> Tensor:
     """Softmax over keys. scores: (heads, T, S) float32; row t sees keys 0..position + t."""
-    rows, keys = scores.shape[1:]
-    if rows > 1:
-        own = torch.arange(position, position + rows, device=scores.device)
-        later = torch.arange(keys, device=scores.device) > own[:, None]
-        scores = scores.masked_fill(later, float("-inf"))
+    if scores.shape[1] > 1:
+        scores = scores.masked_fill(_later(scores, position), float("-inf"))
     return scores.softmax(dim=-1)
+
+
+def _later(scores: Tensor, position: int) -> Tensor:
+    """(T, S) of scores (..., T, S): whether key s comes after row t, which is at position + t."""
+    rows, keys = scores.shape[-2:]
+    own = torch.arange(position, position + rows, device=scores.device)
+    return torch.arange(keys, device=scores.device) > own[:, None]
