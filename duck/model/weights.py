@@ -59,6 +59,7 @@ _ALL = slice(None)
 _READ_AT_ONCE = 1 << 30  # bytes; Linux reads no more than 2 GiB by one call
 # Columns are picked from so many bytes of whole rows at a time: they stay in a core's cache.
 _STRIPE = 1 << 18
+_SCRATCH_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Checkpoint:
         self._shared: tuple[str, Array] | None = None
         self._sharing = threading.Lock()
         self._opening = threading.Lock()
+        self._own = threading.local()  # each thread's
 
     def __del__(self) -> None:
         for file in self._files.values():
@@ -179,7 +181,9 @@ class Checkpoint:
         if not info.shape:
             part = self._whole(info)
         else:
-            part = self._rows(info, *rows.indices(info.shape[0])[:2])
+            start, stop, _ = rows.indices(info.shape[0])
+            scratch = self._scratch(max(0, stop - start) * info.nbytes // max(1, info.shape[0]))
+            part = self._rows(info, start, stop, scratch)
         if len(info.shape) > 1:
             part = part[:, cols]
         if info.dtype != "F8_E4M3":
@@ -383,6 +387,18 @@ class Checkpoint:
         except OSError as problem:
             raise WeightsError(f"cannot read {info.file}: {problem.strerror}") from problem
         return memory.view(dtype)
+
+    def _scratch(self, nbytes: int) -> Bytes | None:
+        """This thread's memory for what is converted at once; None: too much to keep.
+
+        Fresh memory would cost as much again: the system clears every page of it.
+        """
+        if nbytes > _SCRATCH_BYTES:
+            return None
+        have: Bytes | None = getattr(self._own, "scratch", None)
+        if have is None or len(have) < nbytes:
+            have = self._own.scratch = np.empty(nbytes, np.uint8)
+        return have
 
     def _file(self, path: Path) -> FileIO:
         with self._opening:
