@@ -90,11 +90,11 @@ def ducks_table(ducks: Sequence[DuckLoad]) -> Table:
     )
     table.caption_justify = "left"
     for duck in ducks:
-        sizes = (duck.theory_bytes, duck.resident_bytes, duck.read_bytes, duck.received_bytes)
+        held = readable(duck.theory_bytes), readable(duck.resident_bytes)
+        moved = [readable(size) if size else "" for size in (duck.read_bytes, duck.received_bytes)]
         time = f"{duck.load_s * 1e3:.1f} ms, warm" if duck.warm else f"{duck.load_s:.1f} s"
-        table.add_row(
-            duck.duck, f"{duck.start}:{duck.stop}", str(duck.modules), *map(readable, sizes), time
-        )
+        columns = f"{duck.start}:{duck.stop}"
+        table.add_row(duck.duck, columns, str(duck.modules), *held, *moved, time)
     if len(ducks) > 1:
         theory = sum(duck.theory_bytes for duck in ducks)
         resident = sum(duck.resident_bytes for duck in ducks)

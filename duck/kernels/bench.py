@@ -339,9 +339,9 @@ def tables(report: dict[str, Any]) -> str:
     if few:
         lines += ["", *_lines(few, _FEW)]
         lines += [
-            "us: microseconds a token. GB/s: weights read from memory. read: by the fastest plain",
-            "read. /read: kernel to plain read, median of pairs. hot: 10^9 weights a second when",
-            "the same experts come again out of cache, which is what the cores could do.",
+            "us: microseconds a token. GB/s: weights read from memory. read: by the fastest",
+            "plain read. /read: kernel to plain read, median of pairs. hot: 10^9 weights a",
+            "second when experts come again out of cache: what the cores could do.",
         ]
     if many:
         lines += ["", *_lines(many, _MANY)]
