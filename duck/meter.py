@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,6 +96,8 @@ class Stages:
     def times(self, moe_layers: int, dense_layers: int) -> Times:
         """The running means as the closed forms take them; 0 for what never ran.
 
+        What was only seen with more rows, as in groups of sessions, counts row by row.
+
         moe_layers, dense_layers: of the model.
         """
 
@@ -103,31 +105,41 @@ class Stages:
             mean = self._device.get((stage, rows))
             return mean.value * 1e3 if mean else 0.0
 
-        def asks(rows: int) -> tuple[float, float]:
-            duck, wire = self._asks.get(rows, (Average(), Average()))
-            return duck.value * 1e3, wire.value * 1e3
+        def one(stage: str) -> float:
+            seen = {
+                rows: mean.value for (name, rows), mean in self._device.items() if name == stage
+            }
+            return _of_one_row(seen) * 1e3
 
-        (duck, wire), (duck2, wire2) = asks(1), asks(2)
-        attend, attend2 = device("attend", 1), device("attend", 2)
-        row = max(0.0, wire2 - wire)
+        duck = _of_one_row({rows: d.value for rows, (d, _) in self._asks.items()}) * 1e3
+        wire = _of_one_row({rows: w.value for rows, (_, w) in self._asks.items()}) * 1e3
+        duck2, wire2 = (mean.value * 1e3 for mean in self._asks.get(2, (Average(), Average())))
+        attend, attend2 = one("attend"), device("attend", 2)
+        row = min(wire, max(0.0, wire2 - wire))
         return Times(
             attend=attend,
             second_row=attend2 / attend - 1 if attend and attend2 else 0.0,
-            shared=device("shared", 1) or device("shared", 2),
+            shared=one("shared"),
             expert=duck,
             common=2 - duck2 / duck if duck and duck2 else 0.0,
             # There is no telling the way there from the way back, nor does it matter.
-            out_fixed=max(0.0, wire - row) / 2,
+            out_fixed=(wire - row) / 2,
             out_row=row / 2,
-            back_fixed=max(0.0, wire - row) / 2,
+            back_fixed=(wire - row) / 2,
             back_row=row / 2,
             moe_layers=moe_layers,
             dense_layers=dense_layers,
-            dense=max(0.0, device("dense", 1) - attend),
-            head=(device("head", 2) + device("guess", 1)) / 2,
-            combine=device("combine", 1),
+            dense=max(0.0, one("dense") - attend),
+            head=((device("head", 2) or one("head")) + one("guess")) / 2,
+            combine=one("combine"),
             host=0.0,  # measured with the head
         )
+
+
+def _of_one_row(means: Mapping[int, float]) -> float:
+    """Of one row, or the share of one in the fewest that were seen. means: by number of rows."""
+    fewest = min(means, default=1)
+    return means.get(fewest, 0.0) / fewest
 
 
 def overlap_efficiency(stages: Sequence[float], wall: float) -> float:

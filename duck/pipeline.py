@@ -440,9 +440,9 @@ class Pipeline:
         while index < limit:
             if self._mtp is not None and session.unfed > UNFED_ROWS:
                 await self._feed(self._mtp, session)
-            session.reserve(session.length + 2)
             # A guess is worth its row only if the step could settle two more tokens.
             bet = Bet(session, sampling, meter, may_draft=limit - index > 1)
+            session.reserve(session.length + 1 + bet.may_draft)
             outcome = await self._steps.step(bet)
             self._apply(bet, outcome, index)
             for settled in outcome.settled:

@@ -89,6 +89,8 @@ def tokens_per_second(way: Way, times: Times, sessions: int = 1) -> float:
     else:
         form = closed.serial if way.policy is SERIAL else closed.batch
         step_ms, sessions = form(times, draft=way.draft), 1
+    if step_ms <= 0:  # nothing was measured
+        return 0.0
     return 1e3 * sessions * times.tokens(draft=way.draft) / step_ms
 
 

@@ -234,8 +234,8 @@ class _Layer:
     def attend(
         self, x: Tensor, cache: KVCache, position: int, *, last: int | None = None
     ) -> Tensor:
-        cache.write(self.index, position, x + 1)  # 0 is what was never written
-        seen = (cache.read(self.index, position + len(x))[:, 0] - 1).long()
+        cache.latents.write(self.index, position, x + 1)  # 0 is what was never written
+        seen = (cache.latents.read(self.index, position + len(x))[:, 0] - 1).long()
         assert (seen >= 0).all(), "attended to KV that was not there yet"
         # All but the last row are settled tokens, or a rejected guess was not overwritten.
         assert (after(seen[:-2]) == seen[1:-1]).all(), f"attended to what was not said: {seen}"

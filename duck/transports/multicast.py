@@ -7,9 +7,9 @@ rows, and does what the two halves say. Answers of more than a few rows, their a
 failure go over a TCP connection, as in tcp.py.
 
 At the start the host sends PINGs as large as the interface allows, to the group: a duck whose PONG
-of that size comes back is reached in both directions. Otherwise all use 1,500 bytes, and a duck
-that does not hear those either is refused by name. From then on a PING every tick is a sign of life
-that does not wait for TCP to send again.
+of that size comes back is reached in both directions. Otherwise all use 1,500 bytes, or 1,280, and
+a duck that does not hear those either is refused by name. From then on a PING every tick is a sign
+of life that does not wait for TCP to send again.
 
 Datagrams from anybody but the agreed addresses, of other sessions, or that make no sense are
 dropped and counted. No sum contains a row whose message failed its check.
@@ -52,6 +52,7 @@ from duck.transports.listen import HostSession
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
 from duck.transports.trains import (
     ETHERNET_MTU,
+    TUNNEL_MTU,
     ipv4,
     lay,
     message_room,
@@ -254,9 +255,8 @@ class MulticastPlane:
     async def _agree(self) -> None:
         """Find the largest datagrams that every duck gets and sends; tell them the cut."""
         mtu = self._mtu or min(nic.interface.mtu for nic in self._nics.values())
-        tries = [Cut.for_mtu(mtu)]
-        if self._mtu is None and mtu > ETHERNET_MTU:
-            tries.append(Cut.for_mtu(ETHERNET_MTU))
+        smaller = () if self._mtu else (ETHERNET_MTU, TUNNEL_MTU)
+        tries = [Cut.for_mtu(mtu), *(Cut.for_mtu(size) for size in smaller if size < mtu)]
         silent: set[int] = set()
         for cut in tries:
             last = cut is tries[-1]

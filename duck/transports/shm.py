@@ -357,6 +357,12 @@ def _memory_file(nbytes: int) -> int:
     return file
 
 
+def _short_folder() -> str:
+    """Where a socket may lie: its path has room for 107 bytes, and TMPDIR may need more."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= 80 else "/tmp"
+
+
 def _check_peer(link: socket.socket) -> None:
     """Refuse another user at the other end.
 
@@ -418,7 +424,11 @@ class ShmFeed:
     def welcome(self) -> Mapping[str, Any]:
         """Listen on a unix socket that only this user can reach, for one connection."""
         try:
-            folder = Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="duck-")))
+            folder = Path(
+                self._opened.enter_context(
+                    tempfile.TemporaryDirectory(prefix="duck-", dir=_short_folder())
+                )
+            )
             path = str(folder / "s")
             listener = self._opened.enter_context(socket.socket(socket.AF_UNIX))
             listener.setblocking(False)
@@ -427,8 +437,8 @@ class ShmFeed:
             listener.listen(1)
         except OSError as error:
             raise ConfigError(
-                f"no unix socket under {tempfile.gettempdir()} ({error.strerror or error}): set "
-                "TMPDIR to a folder with a short path that may be written, or use --transport tcp"
+                f"no unix socket under {_short_folder()} ({error.strerror or error}): set TMPDIR "
+                "to a folder with a short path that may be written, or use --transport tcp"
             ) from error
         self._watch(listener, self._accept)
         return {"socket": path}

@@ -21,7 +21,8 @@ from duck.seal import Opener, Sealer
 from duck.transports.datagrams import buffer_bytes
 from duck.transports.sealed import open_message, sealed_message
 
-ETHERNET_MTU = 1500  # every network carries these
+# What every Ethernet carries, and what is left of it in any tunnel (IPv6 demands as much).
+ETHERNET_MTU, TUNNEL_MTU = 1500, 1280
 
 
 def ipv4(address: Sequence[Any] | None) -> str | None:

@@ -241,6 +241,32 @@ async def test_only_this_user_and_only_once(
         host.control.close()
 
 
+async def test_a_long_temporary_folder(
+    served: tuple[str, ListeningDuck], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    address, _ = served
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with ShmHost() as host:
+        await host.attached(address)
+        host.control.close()
+
+
+async def test_no_folder_for_the_socket(
+    served: tuple[str, ListeningDuck], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, end = served
+    with monkeypatch.context() as changed:
+        changed.setattr(tempfile, "tempdir", "/nothing/here")
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(PLAN, data="shm"))
+        told = (await peer.hear())["text"]
+        assert told.startswith("no unix socket under /nothing/here (No such file")
+        assert "--transport tcp" in told
+        await _until(lambda: not end._sessions)
+
+
 async def test_another_user(
     served: tuple[str, ListeningDuck], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,14 +150,17 @@ def test_a_cable_is_pulled_for_two_seconds(pond: Pond) -> None:
         asyncio.run(main())
 
 
-def test_one_duck_behind_smaller_packets_decides_for_all(pond: Pond) -> None:
+@pytest.mark.parametrize(("mtu", "payload"), [(1500, 1440), (1400, 1216)])
+def test_one_duck_behind_smaller_packets_decides_for_all(
+    pond: Pond, mtu: int, payload: int
+) -> None:
     async def main() -> None:
         async with attached(pond) as rounds:
-            assert rounds.count("payload_bytes") == 1440
+            assert rounds.count("payload_bytes") == payload
             await rounds.run(10)
 
     pond.set_mtu(9000)
-    pond.set_mtu(1500, [2])
+    pond.set_mtu(mtu, [2])
     try:
         with pond.on_host():
             asyncio.run(main())

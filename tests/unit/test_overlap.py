@@ -317,3 +317,16 @@ def test_auto_measures_what_is_there_and_takes_the_wave() -> None:
         assert getattr(times, name) == pytest.approx(getattr(TUNED, name), rel=0.01, abs=2e-3)
     assert times.out(2) + times.back(2) == pytest.approx(TUNED.out(2) + TUNED.back(2), rel=0.05)
     assert times.head == pytest.approx(TUNED.head + TUNED.host, rel=0.01)
+
+
+@pytest.mark.parametrize("sessions", [2, 3, 5])
+def test_auto_with_several_sessions_from_the_start(sessions: int) -> None:
+    """Then one row alone may never be seen; answers are checked by the emulation."""
+    found = run(record(SMALL, schedule="auto", draft="auto", sessions=sessions, tokens=60))
+    assert len({who for who, _, _ in found.steps}) == sessions
+
+
+def test_auto_where_nothing_takes_time() -> None:
+    free = replace(SMALL, attend=0.0, shared=0.0, expert=0.0, dense=0.0, head=0.0, combine=0.0)
+    nothing = replace(free, host=0.0, out_fixed=0.0, out_row=0.0, back_fixed=0.0, back_row=0.0)
+    assert run(record(nothing, schedule="auto", draft="auto", tokens=60)).steps

@@ -101,7 +101,7 @@ class Forward {
   // that has the most.
   Forward(duck_experts& e, Pool& pool, int layer, int rows, int active, int assigned, int most,
           float* out)
-      : resident_(e.resident), s_(e.resident.shape), isa_(*e.isa),
+      : resident_(e.resident), s_(e.resident.shape),
         ops_(e.isa->formats[int(s_.format)]), pool_(pool), layer_(layer), rows_(rows),
         active_count_(active), most_(most), out_(out) {
     const int threads = pool.threads();
@@ -341,7 +341,6 @@ class Forward {
 
   const Resident& resident_;
   const Shape& s_;
-  const Isa& isa_;
   const FormatOps& ops_;
   Pool& pool_;
   int layer_, rows_, active_count_, most_;
