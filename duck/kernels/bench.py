@@ -356,7 +356,7 @@ def tables(report: dict[str, Any]) -> str:
 _Columns = Sequence[tuple[str, str, int, int]]
 _ROW: _Columns = (
     ("", "shape", 17, -1), ("as", "resident", 5, -1), ("isa", "isa", 6, -1),
-    ("thr", "threads", 4, 0), ("rows", "rows", 5, 0), ("us", "us_per_token", 9, 1),
+    ("thr", "threads", 4, 0), ("rows", "rows", 5, 0), ("us", "us_per_token", 8, 1),
 )  # fmt: skip
 _FEW: _Columns = (
     *_ROW, ("GB/s", "gb_s", 7, 1), ("read", "stream_gb_s", 7, 1), ("/read", "ratio", 6, 2),
