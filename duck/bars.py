@@ -11,20 +11,32 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
+
+from duck.memory import readable
 
 console = Console(stderr=True)
+
+
+class _Speed(ProgressColumn):
+    """Bytes a second in the units of our tables; rich's own column knows only powers of 1,000."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{readable(int(speed))}/s" if speed else "", style="progress.data.speed")
 
 
 @contextlib.contextmanager
 def bars(verb: str) -> Iterator[Callable[[str, int, int], None]]:
     """One bar for each name that is told of: call it with (name, bytes done, bytes in all)."""
     columns = (
-        TextColumn(f"{verb} {{task.description}}"), BarColumn(), DownloadColumn(),
-        TransferSpeedColumn(),
+        TextColumn(f"{verb} {{task.description}}"), BarColumn(), DownloadColumn(binary_units=True),
+        _Speed(),
     )  # fmt: skip
     with Progress(
         *columns, console=console, transient=True, disable=not sys.stderr.isatty()

@@ -72,7 +72,8 @@ def _kernel_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
 def _kernel(arguments: argparse.Namespace) -> int:
     from duck.bars import working
     from duck.cli import write_json
-    from duck.kernels.bench import SLICE, WHOLE, bench_kernel, tables
+    from duck.kernels.bench import MAX_ROWS, SLICE, WHOLE, bench_kernel, tables
+    from duck.kernels.experts import MAX_THREADS
 
     for name in ("memory_gib", "repeats"):
         if not getattr(arguments, name) > 0:
@@ -89,10 +90,12 @@ def _kernel(arguments: argparse.Namespace) -> int:
     with working() as note:
         report = bench_kernel(
             isas=arguments.isa.split(",") if arguments.isa else (),
-            threads=numbers("--threads", arguments.threads) if arguments.threads else (),
+            threads=(
+                numbers("--threads", arguments.threads, MAX_THREADS) if arguments.threads else ()
+            ),
             residents=[_resident(name) for name in arguments.experts.split(",")],
             shapes=shapes[arguments.shape],
-            rows=numbers("--rows", arguments.rows),
+            rows=numbers("--rows", arguments.rows, MAX_ROWS),
             memory_gib=arguments.memory_gib,
             repeats=arguments.repeats,
             note=note,
@@ -158,12 +161,8 @@ def _transport(arguments: argparse.Namespace) -> int:
         raise ConfigError("duck bench transport needs Linux: its yardstick is epoll")
     if not 0 < arguments.seconds <= 3600:
         raise ConfigError(f"--seconds {arguments.seconds}: want 0 to 3600")
-    counts = numbers("--ducks", arguments.ducks)
-    if max(counts) > MAX_LOCAL_DUCKS:
-        raise ConfigError(f"--ducks {arguments.ducks}: want at most {MAX_LOCAL_DUCKS}")
-    rows = numbers("--rows", arguments.rows)
-    if max(rows) > 1024:
-        raise ConfigError(f"--rows {arguments.rows}: want at most 1024")
+    counts = numbers("--ducks", arguments.ducks, MAX_LOCAL_DUCKS)
+    rows = numbers("--rows", arguments.rows, 1024)
     losses = _shares("--loss", arguments.loss)
     picture = None if arguments.plot is None else Path(arguments.plot)
     if picture and not (losses and "multicast" in chosen):
@@ -373,8 +372,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def numbers(flag: str, text: str) -> list[int]:
-    """Whole numbers from 1 up, as 1,2,3.
+def numbers(flag: str, text: str, most: int) -> list[int]:
+    """Whole numbers of 1 to `most`, as 1,2,3.
 
     Raises:
         ConfigError: something else.
@@ -383,6 +382,6 @@ def numbers(flag: str, text: str) -> list[int]:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
-        raise ConfigError(f"{flag} {text[:60]!r}: want numbers from 1 up, as 1,2,4")
+    if not found or not all(1 <= number <= most for number in found):
+        raise ConfigError(f"{flag} {text[:60]!r}: want numbers of 1 to {most}, as 1,2,4")
     return found

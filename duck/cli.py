@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def _complain(text: str) -> None:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        words = sys.argv[1:] if argv is None else list(argv)
+        words = _joined(sys.argv[1:] if argv is None else argv)
         if words and words[0] in PLANNED:
             raise ConfigError(f"{words[0]} is not built yet; see duck --help for what is")
         arguments = _parser().parse_args(words)
@@ -74,6 +75,17 @@ def _run(argv: Sequence[str] | None) -> int:
     except DuckError as error:
         _complain(str(error))
         return error.exit_code
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Join -1,2 to the flag before it, which argparse would take for a flag of its own."""
+    joined: list[str] = []
+    for word in words:
+        if joined and re.fullmatch(r"--[a-z-]+", joined[-1]) and re.match(r"-[\d.]", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 class _Parser(argparse.ArgumentParser):
@@ -234,7 +246,8 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
     helps = {
         "transport": "auto: shm for local:N, else tcp; multicast: asks by UDP, once for all ducks; "
         "loopback: all ducks in this process",
-        "placement": "how experts are spread over ducks",
+        "placement": "slices of equal width, or as the weights in flock.toml say (auto: if it has "
+        "some); as duck pack --weights cut them",
         "schedule": "how rows are grouped and ordered (auto: by measured times)",
         "draft": "guess the next token with the model's MTP layer (auto: while it pays)",
         "early": "start a wave's sure token while its guess is being made (auto: if it gains)",
@@ -290,10 +303,10 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**options, "key_file": _path(arguments.key_file, "--key-file")}
 
 
-def _path(text: str | None, flag: str) -> Path | None:
+def _path(text: str | None, flag: str, kind: str = "file") -> Path | None:
     """A path that was given, or none."""
     if text == "":
-        raise ConfigError(f"{flag} is empty: give the path of a file")
+        raise ConfigError(f"{flag} is empty: give the path of a {kind}")
     return Path(text) if text else None
 
 
@@ -382,16 +395,18 @@ def _node(arguments: argparse.Namespace) -> int:
     # Numpy's BLAS must not split one row over threads: N ducks on one box would fight over its
     # cores, and a row's bits would depend on the machine. It reads this when numpy is loaded.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from duck.kernels.experts import MAX_SPIN_US, MAX_THREADS
     from duck.node import Kernel, run_node
 
-    for name in ("threads", "spin_us"):
-        if getattr(arguments, name) < 0:
+    for name, most in (("threads", MAX_THREADS), ("spin_us", MAX_SPIN_US)):
+        if not 0 <= getattr(arguments, name) <= most:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} {getattr(arguments, name)}: want 0 or more")
+            raise ConfigError(f"--{flag} {getattr(arguments, name)}: want 0 to {most}")
+    model = _path(arguments.model, "--model", "folder")
     run_node(
         arguments.listen,
-        model=model_folder(arguments.model) if arguments.model else None,
-        store=Path(arguments.store) if arguments.store else None,
+        model=model_folder(model) if model else None,
+        store=_path(arguments.store, "--store", "folder"),
         kernel=Kernel(arguments.threads, arguments.spin_us, arguments.pin),
         key_file=_path(arguments.key_file, "--key-file"),
         insecure=arguments.insecure,
@@ -419,12 +434,15 @@ def _pack(arguments: argparse.Namespace) -> int:
     from duck.pack import show as show_packed
 
     weights = _weights(arguments.weights, arguments.ducks)
+    out = _path(arguments.out, "--out", "folder")
+    assert out is not None
     from duck.bars import bars
 
     with bars("packing") as note:
         packed = pack(
-            model_folder(arguments.model), weights, Path(arguments.out),
+            model_folder(arguments.model), weights, out,
             lambda done, total: note("slices", done, total), experts=arguments.experts,
+            verifying=lambda done, total: note("(what is there, verified)", done, total),
         )  # fmt: skip
     if arguments.json:
         write_json({"ducks": [duck.to_json() for duck in packed]})

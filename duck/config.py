@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import tomllib
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from duck.errors import ConfigError
 # name -> the values that work; and the ones that are planned, so that a refusal can say so.
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "transport": (("auto", "loopback", "shm", "tcp", "multicast"), ()),
-    "placement": (("equal",), ("weighted", "whole")),
+    "placement": (("auto", "equal", "weighted"), ("whole",)),
     "schedule": (("auto", "serial", "batch", "wave", "pingpong"), ()),
     "draft": (("auto", "mtp", "off"), ()),
     "early": (("auto", "on", "off"), ()),
@@ -75,7 +76,7 @@ class Options:
 
     ducks: str = "local:2"  # local:N, HOST:PORT,HOST:PORT, or a flock.toml
     transport: str = "auto"  # shm when we start the ducks, else tcp; loopback: all in this process
-    placement: str = "equal"
+    placement: str = "auto"  # weighted if the flock.toml has weights, else equal
     schedule: str = "auto"  # auto: by measured times
     draft: str = "auto"  # auto: while it pays; mtp: whenever the model has an MTP layer
     early: str = "auto"  # whether a wave's sure lane starts while its guess is being made
@@ -110,6 +111,22 @@ class Options:
                 f"--transport loopback runs the ducks inside this process; --ducks {self.ducks} "
                 "names other machines: use --transport tcp, or --ducks local:N"
             )
+
+    def weights(self) -> tuple[float, ...]:
+        """One number a duck: its slice is as wide as this is among all of them.
+
+        Raises:
+            ConfigError: weighted slices are asked for, and nobody has said how wide.
+        """
+        ducks = Ducks.parse(self.ducks)
+        if self.placement == "weighted" and not ducks.weights:
+            raise ConfigError(
+                "--placement weighted needs weights: use a flock.toml for --ducks, with a "
+                '"weight = 2", say, in each [[duck]]'
+            )
+        if self.placement == "equal" or not ducks.weights:
+            return (1.0,) * ducks.count
+        return ducks.weights
 
     def key_path(self) -> Path | None:
         """The file of the cluster's key, if one is given."""
@@ -194,6 +211,7 @@ class Ducks:
     names: tuple[str, ...] = ()
     key_file: Path | None = None
     network: Network = Network()
+    weights: tuple[float, ...] = ()  # how wide each duck's slice is; none: nobody has said
 
     @classmethod
     def parse(cls, text: str) -> Ducks:
@@ -245,7 +263,7 @@ class Ducks:
             raise ConfigError(
                 f"{path}: no [[duck]] in it; want one for each duck, with its address"
             )
-        addresses, names = [], []
+        addresses, names, weights = [], [], []
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict):
                 raise ConfigError(f"{path}: [[duck]] {number} must be a table")
@@ -253,18 +271,23 @@ class Ducks:
             address, name = entry.get("address"), entry.get("name", "")
             if not isinstance(address, str) or not isinstance(name, str):
                 raise ConfigError(f'{path}: [[duck]] {number} wants address = "HOST:PORT"')
-            if entry.get("weight", 1) != 1:
+            weight = entry.get("weight", 1)
+            if type(weight) not in (int, float) or not 0 < weight < math.inf:
                 raise ConfigError(
-                    f"{path}: [[duck]] {number}: weights are not built yet; remove it"
+                    f"{path}: [[duck]] {number}: weight {weight!r}: want a number above 0"
                 )
             split_address(address)
             addresses.append(address)
             names.append(name)
+            weights.append(float(weight))
         if len(set(addresses)) != len(addresses):
             raise ConfigError(f"{path}: an address appears twice")
         # A relative path is one beside the file that names it.
         key = path.parent / Path(key_file).expanduser() if key_file else None
-        return cls(None, tuple(addresses), tuple(names), key, network)
+        said = any("weight" in entry for entry in entries)
+        return cls(
+            None, tuple(addresses), tuple(names), key, network, tuple(weights) if said else ()
+        )
 
     @property
     def labels(self) -> tuple[str, ...]:

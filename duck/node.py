@@ -35,6 +35,7 @@ from duck.slices import Arena, ModelSource, Source, StoreSource, adopt, slice_of
 from duck.transports.base import Loading
 from duck.transports.listen import ListeningDuck
 from duck.transports.planes import duck_planes
+from duck.wire import plain
 
 if TYPE_CHECKING:
     from duck.transports.tls import Credentials
@@ -87,7 +88,7 @@ class Node:
         want = await _in_thread(lambda _: slice_of(plan, duck))
         held = self._held
         if held is None or held.want != want:
-            self._source.check(want)
+            self._check_source(plan, duck, want)
             self._check_fits(want.nbytes, held.arena.nbytes if held else 0)
             # Give the old slice back before the new one is read: both may not fit.
             self._held = held = None
@@ -111,6 +112,21 @@ class Node:
         if load.total:
             _warn_of_small_pages(held.arena.nbytes)
         return facts
+
+    def _check_source(self, plan: Plan, duck: int, want: Slice) -> None:
+        """Raises ConfigError, with advice where hosts' usual mistakes explain it."""
+        source = self._source
+        try:
+            source.check(want)
+        except ConfigError as error:
+            store = source.store if isinstance(source, StoreSource) else None
+            for other in range(plan.ducks):
+                if store and store.slice and plan.slice_hash(other) == store.slice.hash:
+                    raise ConfigError(
+                        f"{store.folder} is duck {other}'s of this plan, and the host has this "
+                        f"duck as duck {duck}: change the order of its --ducks"
+                    ) from error
+            raise
 
     def answer(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Partial sums (T, hidden) float32 of one ask; blocking.
@@ -137,18 +153,23 @@ class _Load:
         self.total = len(self._missing) * held.want.layer_bytes
 
     async def run(self) -> None:
+        if not self._missing:  # a warm duck's disk may sleep
+            return
         want, arena = self._held.want, self._held.arena
-        has = self._source.has(want)
+        has = await _in_thread(lambda _: self._source.has(want))
         here = [layer for layer in self._missing if layer in has]
         if here:
             await _in_thread(lambda check: self._source.load(want, here, arena, self._read, check))
             self._held.loaded.update(here)
         lacking = [layer for layer in self._missing if layer not in has]
         if lacking:
-            assert isinstance(self._source, StoreSource)  # a model folder has all layers
-            with self._source.claim(want, len(lacking)):
+            source = self._source
+            assert isinstance(source, StoreSource)  # a model folder has all layers
+            with contextlib.ExitStack() as stack:
+                claim = source.claim(want, lacking)
+                await _in_thread(lambda _: stack.enter_context(claim))
                 for layer in lacking:
-                    await self._receive(self._source, layer)
+                    await self._receive(source, layer)
                     self._held.loaded.add(layer)
 
     def _read(self, nbytes: int) -> None:
@@ -284,7 +305,7 @@ async def _serve(
             told = {"event": "listening", "address": address, "pid": os.getpid()}
             line = json.dumps({**told, "key": key.fingerprint} if key else told)
         else:
-            line = f"duck listening on {address}, {source}"
+            line = f"duck listening on {address}, {plain(source)}"
             if key:
                 line += f", key {key.fingerprint}"
         sys.stdout.write(line + "\n")

@@ -1,7 +1,6 @@
 """What was loaded, and where it lies: figures for machines, tables for people.
 
-On the host by category, as stored and as held; on the ducks slice by slice. Source is what the
-checkpoint stores for the routed experts, theory a duck's share of it, resident what it takes.
+On the host by category, as stored (source) and as held (resident); on the ducks slice by slice.
 """
 
 from __future__ import annotations
@@ -82,37 +81,29 @@ class LoadReport:
 
 
 def ducks_table(ducks: Sequence[DuckLoad]) -> Table:
-    """One row a duck, and their sum."""
-    table = _table(
-        "routed experts", "columns", "layers", "source", "theory", "resident", "attached"
+    """One row a duck, and their sum; fits into 80 columns."""
+    table = _table("", "columns", "layers", "theory", "resident", "read", "received", "in")
+    table.caption = (
+        f"routed experts, {readable(ducks[0].source_bytes)} in the checkpoint (source); theory: "
+        "a duck's share of them; resident: what they take in its memory; read: from its own disk; "
+        "received: from this host; warm: they were still there"
     )
+    table.caption_justify = "left"
     for duck in ducks:
-        sizes = (
-            readable(duck.source_bytes),
-            readable(duck.theory_bytes),
-            readable(duck.resident_bytes),
-        )
+        held = readable(duck.theory_bytes), readable(duck.resident_bytes)
+        moved = [readable(size) if size else "" for size in (duck.read_bytes, duck.received_bytes)]
+        time = f"{duck.load_s * 1e3:.1f} ms, warm" if duck.warm else f"{duck.load_s:.1f} s"
         columns = f"{duck.start}:{duck.stop}"
-        table.add_row(duck.duck, columns, str(duck.modules), *sizes, _attached(duck))
+        table.add_row(duck.duck, columns, str(duck.modules), *held, *moved, time)
     if len(ducks) > 1:
         theory = sum(duck.theory_bytes for duck in ducks)
         resident = sum(duck.resident_bytes for duck in ducks)
-        table.add_row(
-            "all", "", "", readable(ducks[0].source_bytes), readable(theory), readable(resident), ""
-        )
+        table.add_row("all", "", "", readable(theory), readable(resident), "", "", "")
     return table
 
 
-def _attached(duck: DuckLoad) -> str:
-    if duck.warm:
-        return f"warm, {duck.load_s * 1e3:.1f} ms"
-    parts = [("read", duck.read_bytes), ("received", duck.received_bytes)]
-    moved = [f"{what} {readable(nbytes)}" for what, nbytes in parts if nbytes]
-    return f"{', '.join(moved)} in {duck.load_s:.1f} s"
-
-
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column(first)
     for name in others:
         table.add_column(name, justify="right")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import structlog
 
-from duck.errors import ConfigError
+from duck.errors import ConfigError, WeightsError
 from duck.kernels.experts import LOSSY, Sizes, pack, resident_for
 from duck.model.config import ModelConfig
 from duck.model.weights import Checkpoint, experts_digest
@@ -158,6 +159,8 @@ class StoreSource:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)  # read now: a damaged manifest is told at the start
+        if self.store.slice is None:
+            _check_no_pack(folder)
 
     def __str__(self) -> str:
         held = self.store.slice
@@ -175,22 +178,43 @@ class StoreSource:
         self, want: Slice, layers: Sequence[int], arena: Arena, progress: Progress, check: Check
     ) -> None:
         images = {layer: _image(want, layer, arena) for layer in layers}
-        self.store.load(images, progress, check, lambda layer: adopt(want, layer, arena))
+        self.store.load(images, progress, check, lambda layer: self._adopt(want, layer, arena))
+
+    def _adopt(self, want: Slice, layer: int, arena: Arena) -> None:
+        try:
+            adopt(want, layer, arena)
+        except WeightsError as error:  # it was packed like that: its hash is right
+            raise WeightsError(
+                f"{self.store.path(layer)}: {error}; it was packed from a damaged model: remove "
+                "this file, and pack it from, or have it sent by, one that is right"
+            ) from error
 
     @contextlib.contextmanager
-    def claim(self, want: Slice, layers: int) -> Iterator[None]:
-        """Hold the folder for receiving so many layers.
+    def claim(self, want: Slice, layers: Collection[int]) -> Iterator[None]:
+        """Hold the folder for receiving these layers.
 
         Raises:
             ConfigError: it is another's, or its disk has no room.
         """
+        # Before anything is written, its manifest too.
+        check_room(self.store.folder, len(layers) * file_bytes(want), self.store.parts(layers))
         with self.store.claim(want):
-            check_room(self.store.folder, layers * file_bytes(want))
             yield
 
     def receive(self, want: Slice, layer: int, arena: Arena) -> LayerWriter:
         """Go on with a layer that a host sends; inside `claim`."""
         return self.store.receive(layer, _image(want, layer, arena))
+
+
+def _check_no_pack(folder: Path) -> None:
+    """A folder that `duck pack` wrote for several ducks is no store, and would become one."""
+    inside = [path.name for path in islice(folder.glob("duck-*"), 1000) if path.is_dir()]
+    if inside:
+        names = sorted(inside)
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ConfigError(
+            f"--store {folder} holds {shown}: name one of them, as --store {folder / names[0]}"
+        )
 
 
 def adopt(want: Slice, layer: int, arena: Arena) -> None:

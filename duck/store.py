@@ -1,6 +1,7 @@
 """A duck's slice on disk, in its resident form: loading it is reading and hashing.
 
-    DIR/manifest.json                  which slice this is; file, bytes and sha256 of every layer
+    DIR/manifest.json                  which slice this is; file, bytes and sha256 of every layer;
+                                       packed here: the checkpoint files that it was cut from
     DIR/layer-00003.safetensors        "records" U8 [experts, bytes], "scales" F32 [experts, floats]
     DIR/layer-00004.safetensors.part   a layer on its way here
 
@@ -18,15 +19,17 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from duck.errors import ConfigError, WeightsError
+from duck.files import open_regular
 from duck.memory import readable
 from duck.placement import Slice
 
@@ -36,22 +39,27 @@ Memory = memoryview | bytearray | bytes
 _FORMAT = "duck slice store"
 _VERSION = 1
 _MANIFEST = "manifest.json"
+_LOCK = ".lock"
 _MANIFEST_LIMIT = 1 << 24  # bytes; one of 4,096 layers has less than 1 MiB
 # Data begins on a page of its own, so that a file can be mapped or read past the page cache.
 _DATA_AT = 4096
 _CHUNK = 4 << 20  # bytes read at once; about what is still in a core's cache when it is hashed
 
 
-def check_room(folder: Path, needed_bytes: int) -> None:
+def check_room(folder: Path, needed_bytes: int, begun_bytes: int = 0) -> None:
     """Refuse to write more than a disk has room for.
+
+    folder: where; it, or one above it, is there. begun_bytes: of what is needed, there already.
 
     Raises:
         ConfigError: it has not.
     """
-    free = shutil.disk_usage(folder).free
-    if needed_bytes > free:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(there).free, needed_bytes - begun_bytes
+    if needed > free:
         raise ConfigError(
-            f"{folder} needs {readable(needed_bytes)} of its disk, {readable(free)} free"
+            f"{folder}: the slices need {readable(needed)} more on this disk, which has "
+            f"{readable(free)} free: make room, or use a folder on another disk"
         )
 
 
@@ -123,6 +131,24 @@ class StoredLayer:
     sha256: str
 
 
+@dataclass(frozen=True)
+class SourceFile:
+    """A checkpoint's file as it was when a slice was cut from it."""
+
+    name: str
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> SourceFile:
+        """Raises WeightsError when it cannot be looked at."""
+        try:
+            found = path.stat()
+        except OSError as problem:
+            raise WeightsError(f"cannot read {path}: {problem.strerror}") from problem
+        return cls(path.name, found.st_size, found.st_mtime_ns)
+
+
 class Store:
     """One folder with one slice, or an empty one.
 
@@ -134,10 +160,11 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.slice: Slice | None = None
+        self.sources: tuple[SourceFile, ...] = ()  # none where nobody knows
         self._layers: dict[int, StoredLayer] = {}
         text = _read(folder / _MANIFEST)
         if text is not None:
-            self.slice, self._layers = _parse(folder, text)
+            self.slice, self._layers, self.sources = _parse(folder, text)
 
     def check(self, want: Slice) -> None:
         """Refuse to be taken for another slice.
@@ -155,18 +182,37 @@ class Store:
             f"{self.folder} holds {have}, not {wanted}: use another folder, or remove this one"
         )
 
-    @contextlib.contextmanager
-    def claim(self, want: Slice) -> Iterator[None]:
-        """Hold the folder for writing this slice's layers; makes it if need be.
+    def check_sources(self, sources: Sequence[SourceFile]) -> None:
+        """Refuse to be completed from other files than it was begun with.
 
         Raises:
-            ConfigError: it holds another slice, another process fills it, or it cannot be written.
+            ConfigError: they changed since, or are others.
+        """
+        if not self._layers or not self.sources or self.sources == tuple(sources):
+            return
+        changed = sorted({file.name for file in {*self.sources} ^ {*sources}})
+        raise ConfigError(
+            f"{self.folder} was packed from other files: {changed[0]} is not what it was then (its "
+            "size or its time of change), and slices of two checkpoints must not mix: use another "
+            "folder, or remove this one"
+        )
+
+    @contextlib.contextmanager
+    def claim(self, want: Slice, sources: Sequence[SourceFile] = ()) -> Iterator[None]:
+        """Hold the folder for writing this slice's layers; makes it if need be.
+
+        sources: the checkpoint's files that the layers are cut from, if they are on this machine.
+
+        Raises:
+            ConfigError: it holds another slice, or layers cut from other files; another process
+                fills it, or it cannot be written.
         """
         self.check(want)
         with contextlib.ExitStack() as stack:
             with _writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context((self.folder / ".lock").open("wb"))
+            with _writing(self.folder / _LOCK):
+                lock = stack.enter_context(open_regular(self.folder / _LOCK, "w"))
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -176,14 +222,29 @@ class Store:
             # Another process may have filled it between our reading and our lock.
             fresh = Store(self.folder)
             fresh.check(want)
+            fresh.check_sources(sources or fresh.sources)
             self.slice, self._layers = want, fresh._layers
-            if fresh.slice is None:
+            # Of layers that a host sent, nobody knows the files.
+            self.sources = fresh.sources if fresh._layers else tuple(sources)
+            if fresh.slice is None or fresh.sources != self.sources:
                 self._save()
             yield
 
     def whole(self) -> dict[int, StoredLayer]:
         """The layers that are here: named by the manifest, and their files exist."""
         return {layer: stored for layer, stored in self._layers.items() if stored.path.exists()}
+
+    def parts(self, layers: Collection[int]) -> int:
+        """Bytes that earlier tries left of these layers, and that a new one takes the place of."""
+        sizes = 0
+        for layer in layers:
+            with contextlib.suppress(FileNotFoundError):
+                sizes += self.part(layer).stat().st_size
+        return sizes
+
+    def part(self, layer: int) -> Path:
+        """Where a layer lies while it is on its way."""
+        return self.path(layer).with_suffix(".safetensors.part")
 
     def path(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05}.safetensors"
@@ -235,6 +296,24 @@ class Store:
             for future in hashing:
                 future.result()
 
+    def is_right(self, layer: int, progress: Callable[[int], None]) -> bool:
+        """Whether a layer's file is what the manifest says; reads all of it.
+
+        Raises:
+            WeightsError: it cannot be read.
+        """
+        stored, sha = self._layers[layer], hashlib.sha256()
+        try:
+            with open_regular(stored.path) as file:
+                if os.fstat(file.fileno()).st_size != stored.nbytes:
+                    return False
+                while data := file.read(_CHUNK):
+                    sha.update(data)
+                    progress(len(data))
+        except OSError as problem:
+            raise WeightsError(f"cannot read {stored.path}: {problem.strerror}") from problem
+        return sha.hexdigest() == stored.sha256
+
     def _add(self, layer: int, stored: StoredLayer) -> None:
         self._layers[layer] = stored
         self._save()
@@ -248,9 +327,12 @@ class Store:
             for layer, stored in sorted(self._layers.items())
         ]  # fmt: skip
         whole = {"format": _FORMAT, "version": _VERSION, "slice": facts, "layers": layers}
+        if self.sources:
+            whole["sources"] = [asdict(source) for source in self.sources]
         temporary = self.folder / f"{_MANIFEST}.part"
         with _writing(temporary):
-            with temporary.open("w", encoding="utf-8") as file:
+            buffered = BufferedWriter(open_regular(temporary, "w"))
+            with TextIOWrapper(buffered, encoding="utf-8") as file:
                 json.dump(whole, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
@@ -269,14 +351,14 @@ class LayerWriter:
         assert store.slice is not None, "only inside claim()"
         self._store, self._layer, self._image = store, layer, image
         self._total = file_bytes(store.slice)
-        self._part = store.path(layer).with_suffix(".safetensors.part")
+        self._part = store.part(layer)
         self._sha = hashlib.sha256()
         self.nbytes = 0  # so far
         with _writing(self._part):
             if image is None or not self._part.exists():
-                self._file = self._part.open("wb", buffering=0)
+                self._file = open_regular(self._part, "w")
                 return
-            self._file = self._part.open("r+b", buffering=0)
+            self._file = open_regular(self._part, "r+")
             for part in image.parts(0, self._total):
                 count = _read_into(self._file, part)
                 self._sha.update(part[:count])
@@ -352,9 +434,9 @@ class _Reading:
     def read(self, progress: Callable[[int], None], check: Check) -> None:
         path = self._stored.path
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
-                if not size == self._stored.nbytes == self._image.nbytes:
+                if size != self._image.nbytes:
                     raise self._wrong(f"{size} bytes", f"{self._image.nbytes}")
                 for start in range(0, size, _CHUNK):
                     check()
@@ -437,7 +519,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _read(path: Path) -> bytes | None:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(_MANIFEST_LIMIT + 1)
     except FileNotFoundError:
         return None
@@ -445,8 +527,10 @@ def _read(path: Path) -> bytes | None:
         raise ConfigError(f"cannot read {path}: {problem.strerror}") from problem
 
 
-def _parse(folder: Path, text: bytes) -> tuple[Slice, dict[int, StoredLayer]]:
-    """The manifest's slice and layers.
+def _parse(
+    folder: Path, text: bytes
+) -> tuple[Slice, dict[int, StoredLayer], tuple[SourceFile, ...]]:
+    """The manifest's slice, its layers, and the files that they were cut from.
 
     Raises:
         WeightsError: it is not one that this version writes.
@@ -485,8 +569,19 @@ def _parse(folder: Path, text: bytes) -> tuple[Slice, dict[int, StoredLayer]]:
             raise wrong(f"layer {layer!r} in {name!r}")
         if type(size) is not int or not isinstance(digest, str) or len(digest) != 64:
             raise wrong(f"layer {layer} without its bytes or sha256")
+        if size != file_bytes(what):
+            raise wrong(f"layer {layer} of {size} bytes, its slice's have {file_bytes(what)}")
         layers[layer] = StoredLayer(folder / name, size, digest)
-    return what, layers
+    sources = whole.get("sources", [])
+    keys = {"name": str, "nbytes": int, "mtime_ns": int}
+    if not isinstance(sources, list) or not all(
+        isinstance(source, dict)
+        and set(source) == set(keys)
+        and all(type(source[key]) is kind for key, kind in keys.items())
+        for source in sources
+    ):
+        raise wrong("sources that are no files")
+    return what, layers, tuple(SourceFile(**source) for source in sources)
 
 
 def _slice(facts: Mapping[str, Any]) -> Slice | None:

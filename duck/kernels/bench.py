@@ -28,6 +28,8 @@ from duck.kernels.experts import BLOCK, NativeExperts, Sizes, available_isas, pa
 from duck.model.weights import ExpertWeights
 
 ROWS = (1, 2, 4, 16, 64, 328)
+# Of one call; the widest prefill has 2,048, and rows and results must fit beside the weights.
+MAX_ROWS = 8192
 PREFILL_ROWS = 328
 """From this many rows on the yardstick is torch."""
 _SAMPLE_S = 0.02  # at least, for one measurement of either side of a pair
@@ -322,34 +324,65 @@ for line in sys.stdin:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report for people: few rows beside reading, many beside torch; 80 columns wide."""
     lines = [
         f"{report['cpu']}, {report['processors']} processors; "
         + (f"{report['huge_pages']:.0%} on huge pages" if report["huge_pages"] is not None else ""),
-        "stream read  "
-        + "  ".join(
-            f"{each['threads']} threads {each['gb_s']:.1f} GB/s" for each in report["stream"]
+        "plain read of memory: "
+        + ", ".join(
+            f"{each['gb_s']:.1f} GB/s by {each['threads']} thread{'s' * (each['threads'] > 1)}"
+            for each in report["stream"]
         ),
-        "",
-        f"{'':18}{'as':6}{'isa':8}{'thr':>3}{'rows':>5}{'us/token':>10}{'GB/s':>7}{'stream':>8}{'ratio':>7}"
-        f"{'GFLOP/s':>9}{'hot Gw/s':>10}{'torch':>8}{'ratio':>7}{'same isa':>10}{'ratio':>7}",
     ]
-    lines += [
-        f"{row['shape']:18}{row['resident']:6}{row['isa']:8}{row['threads']:3}{row['rows']:5}"
-        f"{row['us_per_token']:10.1f}{row['gb_s']:7.1f}{row['stream_gb_s']:8.1f}"
-        f"{row['ratio']:7.2f}{row['gflop_s']:9.1f}"
-        + _cell(row["hot_gw_s"], 10, 1)
-        + _cell(row["torch_gflop_s"], 8, 1)
-        + _cell(row["torch_ratio"], 7, 2)
-        + _cell(row["torch_same_isa_gflop_s"], 10, 1)
-        + _cell(row["torch_same_isa_ratio"], 7, 2)
-        for row in report["rows"]
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    few = [row for row in report["rows"] if row["rows"] < PREFILL_ROWS]
+    many = [row for row in report["rows"] if row["rows"] >= PREFILL_ROWS]
+    if few:
+        lines += ["", *_lines(few, _FEW)]
+        lines += [
+            "us: microseconds a token. GB/s: weights read from memory. read: by the fastest",
+            "plain read. /read: kernel to plain read, median of pairs. hot: 10^9 weights a",
+            "second when experts come again out of cache: what the cores could do.",
+        ]
+    if many:
+        lines += ["", *_lines(many, _MANY)]
+        lines += [
+            "torch: GFLOP/s of its float32 matrix product. same: of torch held to the same",
+            "instruction set. /torch, /same: kernel to torch, medians of pairs.",
+        ]
+    return "\n".join(lines)
 
 
-def _cell(value: float | None, width: int, digits: int) -> str:
-    return " " * width if value is None else f"{value:{width}.{digits}f}"
+# A column: its heading, the row's key, its width and digits; texts stand on the left.
+_Columns = Sequence[tuple[str, str, int, int]]
+_ROW: _Columns = (
+    ("", "shape", 17, -1), ("as", "resident", 5, -1), ("isa", "isa", 6, -1),
+    ("thr", "threads", 4, 0), ("rows", "rows", 5, 0), ("us", "us_per_token", 8, 1),
+)  # fmt: skip
+_FEW: _Columns = (
+    *_ROW, ("GB/s", "gb_s", 7, 1), ("read", "stream_gb_s", 7, 1), ("/read", "ratio", 6, 2),
+    ("hot", "hot_gw_s", 7, 1),
+)  # fmt: skip
+_MANY: _Columns = (
+    *_ROW, ("GFLOP/s", "gflop_s", 8, 1), ("torch", "torch_gflop_s", 7, 1),
+    ("/torch", "torch_ratio", 7, 2), ("same", "torch_same_isa_gflop_s", 7, 1),
+    ("/same", "torch_same_isa_ratio", 6, 2),
+)  # fmt: skip
+
+
+def _lines(rows: Sequence[dict[str, Any]], columns: _Columns) -> Iterator[str]:
+    yield "".join(
+        f"{name:{width}}" if digits < 0 else f"{name:>{width}}"
+        for name, _, width, digits in columns
+    ).rstrip()
+    for row in rows:
+        cells = (_cell(row[key], width, digits) for _, key, width, digits in columns)
+        yield "".join(cells).rstrip()
+
+
+def _cell(value: str | float | None, width: int, digits: int) -> str:
+    if value is None or isinstance(value, str):
+        return f"{value or '':{width}}"
+    return f"{value:{width}.{digits}f}"
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

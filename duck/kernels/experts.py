@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from duck.errors import ConfigError, WeightsError
 from duck.kernels import fp8, library
+from duck.memory import readable
 from duck.model.weights import ExpertWeights
 
 Floats = npt.NDArray[np.float32]
@@ -39,6 +40,8 @@ LOSSY = {"int8": 0.02, "int4": 0.15}
 BLOCK = (128, 128)
 SPIN_US = 2000
 """How long a thread without work stays awake: longer than one layer of a decode step takes."""
+
+MAX_THREADS, MAX_SPIN_US = 1024, 10_000_000
 
 _STORED = {"fp8": np.uint8, "bf16": np.uint16, "f32": np.float32}
 
@@ -138,6 +141,13 @@ class NativeExperts:
             len(self._places), experts, hidden, columns, _code(resident), None,
             ctypes.byref(self._handle),
         )  # fmt: skip
+        if status == library.NO_MEMORY:
+            one = self.sizes.record_bytes + 4 * self.sizes.scale_floats
+            raise ConfigError(
+                f"the system refuses the {readable(len(layers) * experts * one)} of memory that "
+                f"{len(layers)} layers of {experts} experts take: see ulimit -v, or give this duck "
+                "a narrower slice"
+            )
         if status:
             raise ConfigError(_trouble(status, f"{len(layers)} layers of {experts} experts"))
         self.nbytes: int = self._native.duck_experts_bytes(self._handle)
@@ -158,8 +168,11 @@ class NativeExperts:
         name = self._native.duck_isa(None if isa is None else isa.encode())
         if name is None:
             raise ConfigError(f"isa {isa!r}: this processor has {', '.join(available_isas())}")
-        if not 0 <= threads <= 1024 or not 0 <= spin_us <= 10_000_000:
-            raise ConfigError(f"threads {threads}, spin_us {spin_us}: want 0..1024 and 0..10000000")
+        for what, value, most in (
+            ("threads", threads, MAX_THREADS), ("spin_us", spin_us, MAX_SPIN_US)
+        ):  # fmt: skip
+            if not 0 <= value <= most:
+                raise ConfigError(f"{what} {value}: want 0 to {most}")
         pool = self._native.duck_pool_create(threads, spin_us, int(pin))
         if pool is None:
             raise ConfigError(f"the system refuses {threads} threads")
@@ -247,7 +260,9 @@ class NativeExperts:
             raise ValueError(_trouble(status, where))
 
     def read(self, offset: int, nbytes: int) -> None:
-        """Read resident bytes as fast as this machine can: what `forward` is measured against."""
+        """Read resident bytes as fast as this machine can, whatever instruction set `forward` uses:
+        what it is measured against.
+        """
         self._native.duck_experts_read(self._open(), self._pool, offset, nbytes)
 
     def huge_page_share(self) -> float | None:

@@ -1,11 +1,12 @@
-"""A checkpoint's tensors, read as published: safetensors files memory-mapped, only what is asked.
+"""A checkpoint's tensors, read as published from safetensors files, and only what is asked.
 
 The file format (https://huggingface.co/docs/safetensors) is parsed here and not by the safetensors
 library, whose numpy side knows neither fp8 nor bf16, and whose torch side a duck does not have:
 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
 
 The bytes are never trusted: sizes, offsets, shapes and scales are checked, and every WeightsError
-names the tensor, its file and what was expected.
+names the tensor, its file and what was expected. Nothing is memory-mapped: a mapped file that is
+cut while it is in use ends the process (SIGBUS), a read of it is short and can be told.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,14 @@ import numpy as np
 import numpy.typing as npt
 
 from duck.errors import WeightsError
+from duck.files import open_regular
 from duck.kernels import fp8
 from duck.model.config import ModelConfig
 from duck.model.tensors import Wanted, wanted
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
 
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses more as well
 _BITS = {
@@ -51,6 +56,10 @@ _VIEWS: dict[str, npt.DTypeLike] = {  # how numpy sees the dtypes that this pack
 _PLAIN = ("BF16", "F16", "F32")
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _ALL = slice(None)
+_READ_AT_ONCE = 1 << 30  # bytes; Linux reads no more than 2 GiB by one call
+# Columns are picked from so many bytes of whole rows at a time: they stay in a core's cache.
+_STRIPE = 1 << 18
+_SCRATCH_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -107,11 +116,22 @@ class Checkpoint:
     def __init__(
         self, folder: Path, tensors: Mapping[str, TensorInfo], block: tuple[int, int] | None
     ) -> None:
+        self._files: dict[Path, FileIO] = {}
         self.folder = folder
         self.tensors = tensors
         self.block = block
         self.bytes_read = 0  # by this thread or, roughly, by several; scales left out
-        self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
+        # Several threads will ask for columns of the same matrix, one after the other: it is read
+        # once for all of them, and kept until another is asked for.
+        self.shares_columns = False
+        self._shared: tuple[str, Array] | None = None
+        self._sharing = threading.Lock()
+        self._opening = threading.Lock()
+        self._own = threading.local()  # each thread's
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -140,13 +160,13 @@ class Checkpoint:
         return info
 
     def raw(self, name: str) -> Array:
-        """The tensor as stored, a read-only view of the mapped file.
+        """The tensor as stored.
 
         e4m3, e8m0 and uint8 come as uint8, bf16 as uint16, float16 and float32 as they are.
         """
-        view = self._view(self.info(name))
-        self.bytes_read += view.nbytes
-        return view
+        stored = self._whole(self.info(name))
+        self.bytes_read += stored.nbytes
+        return stored
 
     def f32(self, name: str, rows: slice = _ALL, cols: slice = _ALL) -> Floats:
         """A tensor, or a part of a matrix, as a float32 array of its own.
@@ -158,15 +178,21 @@ class Checkpoint:
             WeightsError: a value is not a finite number, or the scale is missing or misshaped.
         """
         info = self.info(name)
-        view = self._view(info)
+        if not info.shape:
+            part = self._whole(info)
+        else:
+            start, stop, _ = rows.indices(info.shape[0])
+            scratch = self._scratch(max(0, stop - start) * info.nbytes // max(1, info.shape[0]))
+            part = self._rows(info, start, stop, scratch)
+        if len(info.shape) > 1:
+            part = part[:, cols]
         if info.dtype != "F8_E4M3":
-            part = view if view.ndim == 0 else view[rows] if view.ndim == 1 else view[rows, cols]
             self.bytes_read += part.nbytes
             return _finite(_widen(part, info), info)
         scales = self.scale(name)
         assert self.block is not None  # scale() has seen to it
         row, column = rows.indices(info.shape[0])[0], cols.indices(info.shape[1])[0]
-        codes = self._codes(info, view[rows, cols])
+        codes = self._codes(info, part)
         return fp8.dequantise(codes, scales, self.block, row=row, column=column)
 
     def scale(self, name: str) -> Floats:
@@ -176,7 +202,7 @@ class Checkpoint:
         bf16, fp16 or as powers of two (e8m0 or its codes as uint8).
         """
         scale = self._scale_info(self.info(name))
-        stored = self._view(scale)
+        stored = self._whole(scale)
         if scale.dtype in ("U8", "F8_E8M0"):
             return _finite(fp8.decode_e8m0(stored), scale)
         return _finite(_widen(stored, scale), scale)
@@ -193,10 +219,10 @@ class Checkpoint:
         )
 
     def expert(self, layer: int, expert: int, columns: range) -> ExpertWeights:
-        """A slice of one routed expert; the arrays are copies, and hold no NaN code.
+        """A slice of one routed expert; no code in it is a NaN.
 
-        columns: of the intermediate dimension, contiguous. The pages of down_proj are all read:
-        each of its rows holds a few bytes of every slice.
+        columns: of the intermediate dimension, contiguous. All of down_proj is read: each of its
+        rows holds a few bytes of every slice.
         """
         prefix = f"model.layers.{layer}.mlp.experts.{expert}"
         part = slice(columns.start, columns.stop)
@@ -213,6 +239,12 @@ class Checkpoint:
             info = self.info(f"{prefix}.{projection}.weight")
             total += info.nbytes * len(columns) // info.shape[axis]
         return total
+
+    def expert_files(self, layers: Sequence[int]) -> list[Path]:
+        """The files with routed experts of these layers or their scales, in order."""
+        pattern = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.")
+        found = ((pattern.match(name), info.file) for name, info in self.tensors.items())
+        return sorted({file for match, file in found if match and int(match[1]) in layers})
 
     def experts_nbytes(self, config: ModelConfig) -> int:
         """Bytes of all routed experts as stored, scales included."""
@@ -282,40 +314,105 @@ class Checkpoint:
     def _slice(self, name: str, part: slice, *, axis: int) -> tuple[Array, Floats | None]:
         """Rows (axis 0) or columns (axis 1) of a matrix, with scales spread along them."""
         info = self.info(name)
-        view = self._view(info)
-        if not 0 <= part.start < part.stop <= view.shape[axis]:
+        if not 0 <= part.start < part.stop <= info.shape[axis]:
             raise WeightsError(
                 f"{info} has shape {list(info.shape)}: no slice {part} on axis {axis}"
             )
-        stored = view[part] if axis == 0 else view[:, part]
+        stored = self._rows(info, part.start, part.stop) if axis == 0 else self._columns(info, part)
         if info.dtype != "F8_E4M3":
             self.bytes_read += stored.nbytes
             _finite(_widen(stored, info), info)
-            return np.array(stored), None
+            return stored, None
         scale = self.scale(name)
         assert self.block is not None  # scale() has seen to it
         spread = fp8.spread(scale, self.block[axis], part.start, part.stop - part.start, axis)
         return self._codes(info, stored), spread
 
     def _codes(self, info: TensorInfo, stored: Array) -> npt.NDArray[np.uint8]:
-        codes: npt.NDArray[np.uint8] = np.array(stored)  # one pass over the file, then memory
-        self.bytes_read += codes.nbytes
-        if fp8.has_nan(codes):
+        self.bytes_read += stored.nbytes
+        if fp8.has_nan(stored):
             raise WeightsError(f"{info} holds the fp8 code of NaN (0x7F or 0xFF)")
-        return codes
+        return stored
 
-    def _view(self, info: TensorInfo) -> Array:
-        dtype = _VIEWS.get(info.dtype)
-        if dtype is None:
-            raise WeightsError(f"{info} has dtype {info.dtype}, which is not supported")
-        data = self._maps.get(info.file)
-        if data is None:
-            try:
-                data = self._maps[info.file] = np.memmap(info.file, np.uint8, mode="r")
-            except OSError as problem:
-                raise WeightsError(f"cannot map {info.file}: {problem.strerror}") from problem
-        part = data[info.offset : info.offset + info.nbytes]
-        return part.view(dtype).reshape(info.shape)
+    def _whole(self, info: TensorInfo) -> Array:
+        return self._read(info, 0, info.nbytes).reshape(info.shape)
+
+    def _rows(self, info: TensorInfo, start: int, stop: int, into: Bytes | None = None) -> Array:
+        """Rows of a tensor, which lie together.
+
+        into: memory for them, if it is to be used again.
+        """
+        row_bytes = info.nbytes // max(1, info.shape[0])
+        rows = max(0, stop - start)
+        stored = self._read(info, start * row_bytes, rows * row_bytes, into)
+        return stored.reshape(rows, *info.shape[1:])
+
+    def _columns(self, info: TensorInfo, part: slice) -> Array:
+        """Columns of a matrix, as an array of their own."""
+        rows = info.shape[0]
+        if self.shares_columns:
+            with self._sharing:
+                if self._shared is None or self._shared[0] != info.name:
+                    self._shared = info.name, self._rows(info, 0, rows)
+                shared = self._shared[1]
+            return np.ascontiguousarray(shared[:, part])
+        out = np.empty((rows, part.stop - part.start), _dtype_of(info))
+        row_bytes = max(1, info.nbytes // max(1, rows))
+        step = max(1, _STRIPE // row_bytes)
+        stripe = np.empty(min(step, rows) * row_bytes, np.uint8)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            out[start:stop] = self._rows(info, start, stop, stripe)[:, part]
+        return out
+
+    def _read(self, info: TensorInfo, at: int, nbytes: int, into: Bytes | None = None) -> Array:
+        """Bytes of a tensor from its byte `at` on, in its dtype, one-dimensional.
+
+        Raises:
+            WeightsError: the file cannot be read, or has become shorter than its header says.
+        """
+        dtype = _dtype_of(info)
+        memory = np.empty(nbytes, np.uint8) if into is None else into[:nbytes]
+        view, offset = memory.data, info.offset + at
+        try:
+            handle = self._file(info.file).fileno()
+            while view:
+                count = os.preadv(handle, [view[:_READ_AT_ONCE]], offset)
+                if not count:
+                    raise WeightsError(
+                        f"{info.file} is truncated: {info.name} ends at byte "
+                        f"{info.offset + info.nbytes} of {os.fstat(handle).st_size}"
+                    )
+                view, offset = view[count:], offset + count
+        except OSError as problem:
+            raise WeightsError(f"cannot read {info.file}: {problem.strerror}") from problem
+        return memory.view(dtype)
+
+    def _scratch(self, nbytes: int) -> Bytes | None:
+        """This thread's memory for what is converted at once; None: too much to keep.
+
+        Fresh memory would cost as much again: the system clears every page of it.
+        """
+        if nbytes > _SCRATCH_BYTES:
+            return None
+        have: Bytes | None = getattr(self._own, "scratch", None)
+        if have is None or len(have) < nbytes:
+            have = self._own.scratch = np.empty(nbytes, np.uint8)
+        return have
+
+    def _file(self, path: Path) -> FileIO:
+        with self._opening:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = open_regular(path)
+            return file
+
+
+def _dtype_of(info: TensorInfo) -> npt.DTypeLike:
+    dtype = _VIEWS.get(info.dtype)
+    if dtype is None:
+        raise WeightsError(f"{info} has dtype {info.dtype}, which is not supported")
+    return dtype
 
 
 def experts_digest(checkpoint: Checkpoint, config: ModelConfig) -> str:
@@ -350,8 +447,8 @@ def _experts(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[TensorInfo
 def _middles(infos: Sequence[TensorInfo], count: int) -> dict[str, bytes]:
     """The `count` bytes in the middle of each tensor, fewer if it is smaller.
 
-    The official files take 90,000 such reads. Through the mapping each would make the kernel read
-    128 KiB ahead, 12 GB in all; here each is a page, and several files are read at a time.
+    The official files take 90,000 such reads. With the kernel's usual 128 KiB of reading ahead
+    they would be 12 GB; so each is a page, and several files are read at a time.
     """
     files: dict[Path, list[TensorInfo]] = {}
     for info in infos:
@@ -359,7 +456,7 @@ def _middles(infos: Sequence[TensorInfo], count: int) -> dict[str, bytes]:
 
     def read(path: Path) -> dict[str, bytes]:
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 found = {}
@@ -455,8 +552,8 @@ def _read_index(path: Path) -> dict[str, TensorInfo]:
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, their places checked against its size."""
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT):
                 raise WeightsError(

@@ -215,7 +215,7 @@ class FlockTransport:
             why = getattr(error, "strerror", None) or error
             raise TransportError(
                 f"cannot reach {label}: {why}; start it with: "
-                f"duck node --listen {address} --model DIR"
+                f"duck node --listen {address} --model DIR (or --store DIR)"
             ) from error
         self._links.append(link)
         return link

@@ -441,6 +441,8 @@ class ListeningDuck:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, DuckError):
                     await task
+            elif not task.cancelled():
+                task.exception()  # it may have failed in the turn in which its host went away
         return task.result()
 
 

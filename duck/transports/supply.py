@@ -116,6 +116,7 @@ async def fetch(link: Link, layer: int, offset: int, take: Callable[[bytes], Non
             await asyncio.shield(taking)
         except asyncio.CancelledError:
             await asyncio.wait([taking])  # nobody closes the file under a thread's hands
+            taking.exception()  # nobody waits for it any more: what went wrong is of no interest
             raise
         except DuckError as error:
             # Pieces are still coming: closing now would make the system drop our last word.

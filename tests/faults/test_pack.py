@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from duck.cli import main
-from duck.errors import ConfigError
+from duck.errors import ConfigError, WeightsError
 from duck.pack import pack
 from duck.store import Store
 from tests.checkpoints import make_checkpoint
@@ -106,6 +107,65 @@ def test_a_truncated_or_deleted_file_is_written_again(model: Path, tmp_path: Pat
     assert contents(tmp_path) == before
 
 
+def test_a_damaged_file_is_written_again(model: Path, tmp_path: Path) -> None:
+    """Of the same size, so that only reading it tells; what is whole is said to be verified."""
+    first = pack(model, [1, 1], tmp_path)
+    before = contents(tmp_path)
+    path = tmp_path / "duck-001" / "layer-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    seen: list[tuple[int, int]] = []
+    with capture_logs() as log:
+        again = pack(
+            model, [1, 1], tmp_path, verifying=lambda done, total: seen.append((done, total))
+        )
+    assert [event["file"] for event in log if event["event"] == "damaged"] == [str(path)]
+    assert contents(tmp_path) == before
+    assert [duck.sha256 for duck in again] == [duck.sha256 for duck in first]
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*.safetensors")]
+    assert again[1].written_bytes == len(content)
+    assert again[0].verified_bytes + again[1].verified_bytes + len(content) == sum(sizes)
+    assert seen[-1] == (sum(sizes), sum(sizes))
+
+
+@pytest.mark.parametrize("change", ["time", "bytes", "name"])
+def test_two_checkpoints_do_not_mix(tmp_path: Path, change: str) -> None:
+    """Bytes that the model's digest does not cover: nothing else would tell."""
+    model = make_checkpoint(tmp_path / "model", seed=0, shards=2)
+    out = tmp_path / "out"
+    pack(model, [1], out)
+    (out / "duck-000" / "layer-00002.safetensors").unlink()
+    path = model / "model-00002-of-00002.safetensors"
+    found = path.stat()
+    if change == "time":
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+    if change == "bytes":
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 10**9))
+    if change == "name":
+        index = model / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace(path.name, "other.safetensors"))
+        path = path.rename(model / "other.safetensors")
+    before = contents(out)
+    with pytest.raises(ConfigError, match=rf"packed from other files: .*{path.name}|model-00002"):
+        pack(model, [1], out)
+    assert contents(out) == before
+
+
+def test_a_checkpoint_that_changes_while_it_is_packed(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", seed=0)
+    path = model / "model.safetensors"
+
+    def touch(done: int, total: int) -> None:
+        os.utime(path, ns=(0, done))
+
+    with pytest.raises(WeightsError, match=r"changed while they were read: remove .*out"):
+        pack(model, [1], tmp_path / "out", touch)
+    with pytest.raises(ConfigError, match="packed from other files"):
+        pack(model, [1], tmp_path / "out")
+
+
 def test_progress(model: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     packed = pack(model, [2, 1], tmp_path, lambda done, total: seen.append((done, total)))
@@ -141,8 +201,9 @@ def test_another_model_is_refused(model: Path, tmp_path: Path) -> None:
 def test_no_room(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("duck.store.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ConfigError, match=r"needs .* of its disk, 1\.0 KiB free"):
-        pack(model, [1], tmp_path)
+    with pytest.raises(ConfigError, match=r"need .* more on this disk, which has 1\.0 KiB free"):
+        pack(model, [1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("weights", ["bf16", "f32"])
@@ -162,6 +223,9 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(command) == 0
     table = capsys.readouterr().out
     assert "duck-000" in table
+    assert "all" in table
+    assert "fp8" in table
+    assert max(map(len, table.splitlines())) <= 80
     assert "128:192" in table
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["ducks"]
@@ -179,6 +243,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--weights", "1,x"], "--weights '1,x': want numbers"),
         (["--weights", "1,0"], "weight 0.0: want a number above 0"),
         (["--weights", "1,nan"], "weight nan"),
+        (["--weights", "-1,2"], "weight -1.0: want a number above 0"),
         (["--weights", "1,1", "--ducks", "3"], "--weights has 2 numbers for --ducks 3"),
     ],
 )

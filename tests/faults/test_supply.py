@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,16 @@ def same_files(one: Path, other: Path) -> None:
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in other.iterdir())
     for name in names:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        if name != "manifest.json":
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert manifest(one) == manifest(other)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """But for the files it was cut from, which a host does not tell."""
+    whole: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    whole.pop("sources", None)
+    return whole
 
 
 async def test_an_empty_store_is_filled_once(
@@ -276,7 +287,9 @@ async def test_a_store_of_another_slice_or_model(
     packed: list[Path], agreed: tuple[Checkpoint, Plan], tmp_path: Path
 ) -> None:
     async with ducks(StoreSource(packed[1]), StoreSource(packed[1])) as addresses:
-        with pytest.raises(WireError, match=r"duck 0 .* holds columns 128:192 .* not columns 0:1"):
+        with pytest.raises(
+            WireError, match=r"duck 0 .* is duck 1's of this plan, .* as duck 0: change the order"
+        ):
             await attach(addresses, agreed)
     other = pack(make_checkpoint(tmp_path / "model", seed=1), [1, 1], tmp_path / "packed")
     async with ducks(StoreSource(other[0].folder), StoreSource(packed[1])) as addresses:
@@ -323,7 +336,7 @@ async def test_no_room_on_disk(
     if when == "before":
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr("duck.store.shutil.disk_usage", lambda _: usage)
-        found = r"needs .* of its disk, 1\.0 KiB free"
+        found = r"need .* more on this disk, which has 1\.0 KiB free: make room"
     else:
         write, left = LayerWriter.write, [20]
 
@@ -338,6 +351,7 @@ async def test_no_room_on_disk(
     async with ducks(StoreSource(tmp_path / "duck"), StoreSource(packed[1])) as addresses:
         with pytest.raises(WireError, match=f"duck 0 .* refused: .*{found}"):
             await attach(addresses, agreed)
+        assert (tmp_path / "duck").exists() == (when == "between")  # refused: nothing is written
         monkeypatch.undo()
         assert (await attach(addresses, agreed))[0]["received_bytes"] > 0
     same_files(tmp_path / "duck", packed[0])
@@ -534,6 +548,34 @@ async def test_tokens_are_the_same_wherever_slices_come_from(
     assert warm[1:] == [[False, False], [True, True]] * 2
 
 
+async def test_tokens_are_the_same_for_weighted_slices(model: Path, tmp_path: Path) -> None:
+    """As `duck pack --weights` cut them, for a flock.toml with the same weights."""
+    sampling = Sampling(max_tokens=16, ignore_eos=True)
+
+    async def tokens(**options: Any) -> tuple[list[int], list[int]]:
+        async with Engine.open(model, dtype="float32", **options) as engine:
+            done = await engine.generate([5, 80, 33, 17], sampling)
+            return done.token_ids, [len(part) for part in engine.plan.slices]
+
+    expected, widths = await tokens(transport="loopback", ducks="local:2")
+    assert widths == [128, 64]
+    folders = [duck.folder for duck in pack(model, [1, 3], tmp_path / "packed")]
+    async with ducks(*map(StoreSource, folders)) as addresses:
+        flock = tmp_path / "flock.toml"
+        flock.write_text(
+            "".join(
+                f'[[duck]]\naddress = "{address}"\nweight = {weight}\n'
+                for address, weight in zip(addresses, (1, 3), strict=True)
+            )
+        )
+        for placement in ("auto", "weighted"):
+            found, widths = await tokens(ducks=str(flock), placement=placement)
+            assert widths == [64, 128]
+            assert found == expected
+        with pytest.raises(WireError, match=r"holds columns 0:64 .*, not columns 0:128"):
+            await tokens(ducks=str(flock), placement="equal")
+
+
 @pytest.mark.parametrize(("huge", "events"), [(0, 1), (60 << 20, 0), (None, 0)])
 async def test_small_pages_are_told(
     packed: list[Path],
@@ -550,6 +592,65 @@ async def test_small_pages_are_told(
             await node.attach(agreed[1], 0, Quiet())
         assert [event["event"] for event in log].count("few_huge_pages") == events
         events = 0
+
+
+async def test_a_warm_duck_does_not_touch_its_disk(
+    packed: list[Path], agreed: tuple[Checkpoint, Plan], tmp_path: Path
+) -> None:
+    copy(packed[0], tmp_path)
+    node = Node(StoreSource(tmp_path))
+    assert (await node.attach(agreed[1], 0, Quiet()))["warm"] is False
+    (tmp_path / "manifest.json").write_text("nonsense")
+    assert (await node.attach(agreed[1], 0, Quiet()))["warm"] is True
+
+
+async def test_bytes_of_an_earlier_try_are_not_needed_twice(
+    agreed: tuple[Checkpoint, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = slice_of(agreed[1], 0)
+    source = StoreSource(tmp_path)
+    source.store.part(2).write_bytes(bytes(50_000))
+    usage = type("Usage", (), {"free": 3 * file_bytes(what) - 50_000})
+    monkeypatch.setattr("duck.store.shutil.disk_usage", lambda _: usage)
+    with source.claim(what, what.layers):
+        pass
+    usage.free -= 1
+    with pytest.raises(ConfigError, match="make room"), source.claim(what, what.layers):
+        pass
+
+
+async def test_a_number_that_is_none_in_a_store(
+    model: Path, packed: list[Path], agreed: tuple[Checkpoint, Plan], tmp_path: Path
+) -> None:
+    """Its hash is right: the model it was packed from was damaged."""
+    what = slice_of(agreed[1], 0)
+    store = Store(tmp_path)
+    content = bytearray((packed[0] / "layer-00002.safetensors").read_bytes())
+    content[-4:] = np.float32(np.nan).tobytes()
+    with store.claim(what), store.write(2) as writer:
+        writer.write(content)
+        writer.finish()
+    node = Node(StoreSource(tmp_path))
+    with pytest.raises(WeightsError, match=r"layer-00002\.safetensors: .* NaN .*remove this file"):
+        await node.attach(agreed[1], 0, Quiet())
+
+
+async def test_a_pipe_in_a_store_is_told_to_the_host(
+    packed: list[Path], agreed: tuple[Checkpoint, Plan], tmp_path: Path
+) -> None:
+    copy(packed[0], tmp_path)
+    (tmp_path / "layer-00002.safetensors").unlink()
+    os.mkfifo(tmp_path / "layer-00002.safetensors")
+    async with ducks(StoreSource(tmp_path), StoreSource(packed[1])) as addresses:
+        with pytest.raises(WireError, match=r"duck 0 .*layer-00002.*: it is a pipe, want a reg"):
+            await attach(addresses, agreed)
+
+
+def test_a_folder_with_many_stores(packed: list[Path], tmp_path: Path) -> None:
+    out = packed[0].parent
+    found = rf"holds duck-000, duck-001: name one of them, as --store {out}/duck-000"
+    with pytest.raises(ConfigError, match=found):
+        StoreSource(out)
 
 
 async def test_what_was_loaded_before_an_error_stays(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -467,6 +468,25 @@ async def test_a_duck_that_stops_while_it_loads() -> None:
         await slow.loading.wait()
     assert slow.stopped.is_set()
     assert await peer.ended()
+
+
+async def test_a_load_that_fails_in_the_turn_in_which_its_host_goes() -> None:
+    """Nobody is left to be told; asyncio must not complain of it in the log."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
+
+    class Torn(FakeDuck):
+        async def attach(self, plan: Plan, duck: int, progress: Any) -> Mapping[str, Any]:
+            progress._link.abort("its host died")
+            raise ConfigError("no room")
+
+    async with listening(Torn(0)) as (address, end):
+        peer = await Peer.connect(address)
+        peer.say("HELLO", **hello(PLAN))
+        assert await peer.ended()
+        await _until(lambda: not end._sessions)
+    gc.collect()
+    assert not complaints
 
 
 async def test_a_bug_while_loading_is_logged_and_the_host_let_go() -> None:

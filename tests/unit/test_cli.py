@@ -59,6 +59,7 @@ IDS = ("--prompt-ids", "5,6,7")
         ),
         (("generate", "MODEL", *IDS, "--schedule", "tide"), "want one of auto, serial, batch"),
         (("generate", "MODEL", *IDS, "--placement", "whole"), "--placement whole is not built"),
+        (("generate", "MODEL", *IDS, "--placement", "weighted"), "weighted needs weights: use a f"),
         (("generate", "MODEL", *IDS, "--trace", "no/dir/t.json"), "no such folder: no/dir"),
         (("generate", "MODEL", *IDS, "--trace", "."), "--trace '.' is no file"),
         (("trace",), "WHAT"),
@@ -67,7 +68,7 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--max-len", "3"), "a session holds 3 tokens (--max-len)"),
         (("generate", "MODEL", *IDS, "--kv", "int4"), "--kv 'int4': want one of auto, bf16, fp8"),
         (("generate", "MODEL", *IDS, "--indexer", "on"), "want one of auto, exact, fp8"),
-        (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "cannot reach duck 0"),
+        (("generate", "MODEL", *IDS, "--ducks", "127.0.0.1:1"), "--model DIR (or --store DIR)"),
         (("score", "MODEL", "--prompt-ids", "1"), "at least two"),
         (("score", "MODEL", *IDS, "--logits-out", "no/dir/x"), "no such folder: no/dir"),
         (("serve", "MODEL"), "serve is not built yet"),
@@ -76,14 +77,16 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--experts", "int3"), "--experts 'int3': want one of exact, "),
         (("pack", "MODEL", "--out", "x", "--experts", "fp8"), "--experts: invalid choice: 'fp8'"),
         (("bench", "kernel", "--experts", "exact,bf16"), "--experts 'bf16': want exact, int8"),
-        (("bench", "kernel", "--rows", "1,0"), "--rows '1,0': want numbers from 1 up"),
+        (("bench", "kernel", "--rows", "1,0"), "--rows '1,0': want numbers of 1 to 8192"),
+        (("bench", "kernel", "--rows", "99999999999"), "--rows '99999999999': want numbers"),
+        (("bench", "kernel", "--threads", "1025"), "--threads '1025': want numbers of 1 to 1024"),
         (("bench", "kernel", "--threads", "all"), "--threads 'all'"),
         (("bench", "kernel", "--memory-gib", "9e9"), "free, want less"),
         (("bench", "kernel", "--repeats", "0"), "--repeats 0: want more than 0"),
         (("bench", "transport", "--transport", "shm,pigeon"), "want some of shm, tcp, multicast"),
-        (("bench", "transport", "--ducks", "1,65"), "--ducks 1,65: want at most 64"),
+        (("bench", "transport", "--ducks", "1,65"), "--ducks '1,65': want numbers of 1 to 64"),
         (("bench", "transport", "--rows", "0"), "--rows '0'"),
-        (("bench", "transport", "--rows", "1025"), "--rows 1025: want at most 1024"),
+        (("bench", "transport", "--rows", "1025"), "--rows '1025': want numbers of 1 to 1024"),
         (("bench", "transport", "--loss", "60%"), "--loss '60%': want shares up to 50%"),
         (("bench", "transport", "--loss", "much"), "--loss 'much'"),
         (("bench", "transport", "--seconds", "nan"), "--seconds nan"),
@@ -103,6 +106,11 @@ IDS = ("--prompt-ids", "5,6,7")
         (("node", "--listen", "127.0.0.1:0", "--model", "no/such"), "no such folder"),
         (("node", "--listen", "127.0.0.1:0", "--store", "x", "--threads", "-1"), "--threads -1"),
         (("node", "--listen", "127.0.0.1:0", "--store", __file__), "manifest.json: Not a dir"),
+        (("node", "--listen", "127.0.0.1:0", "--store", ""), "--store is empty: give the path"),
+        (("node", "--listen", "127.0.0.1:0", "--model", ""), "--model is empty: give the path"),
+        (("node", "--listen", "127.0.0.1:0", "--store", "x", "--threads", "1025"), "to 1024"),
+        (("node", "--listen", "127.0.0.1:0", "--store", "x", "--spin-us", "9" * 9), "--spin-us 99"),
+        (("pack", "MODEL", "--out", ""), "--out is empty: give the path of a folder"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )
@@ -114,7 +122,7 @@ def test_mistakes_are_one_line(
     assert err.startswith("duck: ")
     assert err.count("\n") == 1
     assert out == ""
-    assert code == (3 if "cannot reach" in found else 2)
+    assert code == (3 if "cannot reach" in err else 2)
 
 
 def test_generate_json(capfd: pytest.CaptureFixture[str], folder: Path) -> None:
@@ -206,8 +214,11 @@ def test_what_was_loaded(capfd: pytest.CaptureFixture[str], folder: Path, transp
     code, _, err = run(capfd, *words)
     assert code == 0
     assert re.search(r"^weights \d+ MiB, KV 2 MiB at 2,560 tokens, free [\d,]+ MiB$", err, re.M)
-    for word in ("linears, fp8 -> float32", "KV cache, float32", "theory", "0:128", "all"):
+    for word in ("linears, fp8 -> float32", "KV cache, float32", "theory:", "0:128", "all"):
         assert word in err
+    (row,) = [line for line in err.splitlines() if "0:128" in line]  # in 80 columns, unbroken
+    assert row.split()[:3] == ["duck", "0", "0:128"]
+    assert row.rstrip().endswith(" s")
 
 
 def test_text_goes_to_stdout_and_figures_to_stderr(
@@ -248,7 +259,7 @@ def test_flock_toml(capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: P
         ("[host]\n", "no [[duck]]"),
         ('[[duck]]\nname = "a"\n', "address"),
         ('[[duck]]\naddress = "127.0.0.1:1"\nspeed = 3\n', "speed"),
-        ('[[duck]]\naddress = "127.0.0.1:1"\nweight = 3\n', "weights are not built yet"),
+        ('[[duck]]\naddress = "127.0.0.1:1"\nweight = 0\n', "weight 0: want a number above 0"),
         (
             '[host]\nkey_file = "k"\n[[duck]]\naddress = "127.0.0.1:1"\n',
             "k: No such file",

@@ -109,7 +109,6 @@ def test_labels_name_ducks_as_the_user_does(tmp_path: Path) -> None:
         ("[[duck]]\naddress = 'pond'", "HOST:PORT"),
         ("[[duck]]\naddress = 'a:1'\n[[duck]]\naddress = 'a:1'", "appears twice"),
         ("[[duck]]\naddress = 'a:1'\nport = 5", "has port; known are"),
-        ("[[duck]]\naddress = 'a:1'\nweight = 2", "weights are not built yet"),
         ("pond = 1\n[[duck]]\naddress = 'a:1'", "has pond; known are"),
         ("[host]\nhens = 1\n[[duck]]\naddress = 'a:1'", "has hens; known are"),
         ("[host]\ninterface = 5\n[[duck]]\naddress = 'a:1'", "interface must be a text, or a list"),
@@ -201,3 +200,28 @@ def test_ducks_of_the_wrong_kind(ducks: Any) -> None:
 def test_a_length_is_a_whole_number(length: Any) -> None:
     with pytest.raises(ConfigError, match=r"--max-len .*: want a whole number"):
         Options(max_len=length)
+
+
+FLOCK = "".join(f'[[duck]]\naddress = "pond:{n}"\n' for n in (1, 2)) + "{}\n"
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan", "true", '"2"', "[]"])
+def test_weights_that_are_none(tmp_path: Path, weight: str) -> None:
+    file = tmp_path / "flock.toml"
+    file.write_text(FLOCK.format(f"weight = {weight}"))
+    with pytest.raises(ConfigError, match=r"flock.toml: \[\[duck\]\] 1: weight .*: want a number"):
+        Ducks.parse(str(file))
+
+
+def test_weights(tmp_path: Path) -> None:
+    """They count as soon as one duck has one, unless equal slices are asked for."""
+    file = tmp_path / "flock.toml"
+    file.write_text(FLOCK.format("weight = 2.5"))
+    for placement, weights in (("auto", (1, 2.5)), ("weighted", (1, 2.5)), ("equal", (1, 1))):
+        assert Options(ducks=str(file), placement=placement).weights() == weights
+    file.write_text(FLOCK.format(""))
+    for ducks in (str(file), "local:2", "a:1,b:2"):
+        assert Options(ducks=ducks).weights() == Options(ducks=ducks, placement="equal").weights()
+        assert Options(ducks=ducks).weights() == (1, 1)
+        with pytest.raises(ConfigError, match="--placement weighted needs weights"):
+            Options(ducks=ducks, placement="weighted").weights()

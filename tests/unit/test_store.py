@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from safetensors.numpy import load_file
 
 from duck.errors import ConfigError, DuckError, WeightsError
 from duck.placement import Slice
-from duck.store import LayerImage, Store, file_bytes, file_header
+from duck.store import LayerImage, LayerWriter, Store, file_bytes, file_header
 
 WHAT = Slice(
     hash="h" * 64, model="m" * 64, layout=1, resident="fp8", start=64, stop=128, columns=192,
@@ -168,6 +170,10 @@ def test_a_manifest_that_is_none(tmp_path: Path, text: bytes) -> None:
         (["layers", 0, "bytes"], "5"),
         (["layers", 0, "bytes"], None),
         (["layers", 0, "sha256"], "abc"),
+        (["layers", 0, "bytes"], 5),
+        (["sources"], {}),
+        (["sources"], [{"name": "x"}]),
+        (["sources"], [{"name": "x", "nbytes": "5", "mtime_ns": 1}]),
     ],
 )
 def test_a_manifest_with_a_wrong_field(
@@ -191,7 +197,7 @@ def test_another_slice_is_refused_by_name(tmp_path: Path, arena: Arena) -> None:
         ConfigError, match=r"holds columns 64:128 of 192 of model mmm.*not col.* 0:"
     ):
         store.check(other)
-    with pytest.raises(ConfigError, match="layout 1"):
+    with pytest.raises(ConfigError, match=r"layout 1, fp8\), not .*layout 2, fp8"):
         store.check(replace(WHAT, layout=2))
     with pytest.raises(ConfigError, match="holds columns"), store.claim(other):
         pass
@@ -300,3 +306,46 @@ def test_a_file_that_vanishes(tmp_path: Path, arena: Arena) -> None:
     store.path(7).unlink()
     with pytest.raises(WeightsError, match=r"cannot read .*layer-00007"):
         store.load(Arena().images(), lambda _: None)
+
+
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+STRANGE = pytest.mark.parametrize(("make", "kind"), [(pipe, "a pipe"), (folder, "a folder")])
+
+
+@STRANGE
+def test_what_is_no_file_is_not_waited_for(
+    tmp_path: Path, arena: Arena, make: Callable[[Path], None], kind: str
+) -> None:
+    store = fill(tmp_path, arena)
+    make(store.path(2))
+    with pytest.raises(WeightsError, match=rf"layer-00002\.safetensors: it is {kind}, want a reg"):
+        store.load(Arena().images(), lambda _: None)
+    make(tmp_path / "manifest.json")
+    with pytest.raises(ConfigError, match=rf"manifest\.json: it is {kind}, want a regular file"):
+        Store(tmp_path)
+
+
+@STRANGE
+@pytest.mark.parametrize("name", [".lock", "manifest.json.part", "layer-00001.safetensors.part"])
+def test_what_is_no_file_is_not_written_to(
+    tmp_path: Path, arena: Arena, make: Callable[[Path], None], kind: str, name: str
+) -> None:
+    make(tmp_path / name)
+    for image in (None, arena.image(1)):
+        store = Store(tmp_path)
+        with (
+            pytest.raises(ConfigError, match=rf"cannot write .*/{name}: it is {kind}, want a reg"),
+            store.claim(WHAT),
+        ):
+            LayerWriter(store, 1, image)
+    (tmp_path / name).rename(tmp_path / "away")
+    fill(tmp_path, arena)

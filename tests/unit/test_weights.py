@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -116,16 +117,43 @@ def test_an_experts_slice_reads_only_its_bytes(folder: Path) -> None:
     assert checkpoint.bytes_read == codes  # and the scales, 1 / 4096 of it, which are not counted
 
 
+def test_columns_that_are_shared_are_the_same(folder: Path) -> None:
+    alone, shared = Checkpoint.open(folder), Checkpoint.open(folder)
+    shared.shares_columns = True
+    for columns in (range(64), range(64, 192), range(5, 9)):
+        for expert in range(2):
+            one, other = (each.expert(1, expert, columns) for each in (alone, shared))
+            for name in ("gate", "up", "down", "gate_scale", "up_scale", "down_scale"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("part", ["gate_proj", "down_proj"])
+def test_a_file_that_is_cut_while_in_use(copy: Path, part: str, shares: bool) -> None:
+    """Of a mapping the system would end the process."""
+    checkpoint = check(copy)
+    checkpoint.shares_columns = shares
+    checkpoint.expert(1, 1, range(64))
+    info = checkpoint.info(f"model.layers.1.mlp.experts.2.{part}.weight")
+    os.truncate(copy / "model.safetensors", info.offset + info.nbytes - 1)
+    found = rf"model\.safetensors is truncated: {re.escape(info.name)} ends at byte \d+ of \d+"
+    with pytest.raises(WeightsError, match=found):
+        checkpoint.f32(info.name)
+    with pytest.raises(WeightsError, match=found):
+        checkpoint.raw(info.name)
+    with pytest.raises(WeightsError, match=found):
+        checkpoint.expert(1, 2, range(192))
+
+
 def test_a_slice_beyond_the_width_is_refused(folder: Path) -> None:
     with pytest.raises(WeightsError, match=re.escape(GATE)):
         Checkpoint.open(folder).expert(1, 2, range(190, 193))
 
 
-def test_raw_is_a_view_as_stored(folder: Path) -> None:
+def test_raw_is_as_stored(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.raw(GATE).dtype == np.uint8
     assert checkpoint.raw(NORM).dtype == np.uint16
-    assert not checkpoint.raw(NORM).flags.writeable
 
 
 class TestDigest:
@@ -367,6 +395,12 @@ class TestFiles:
         folder = make_checkpoint(tmp_path, seed=1, shards=3, **SMALL)
         (folder / "model-00002-of-00003.safetensors").unlink()
         self.refused(folder, r"cannot read .*model-00002-of-00003\.safetensors: No such file")
+
+    def test_a_shard_that_is_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        folder = make_checkpoint(tmp_path, seed=1, shards=3, **SMALL)
+        (folder / "model-00002-of-00003.safetensors").unlink()
+        os.mkfifo(folder / "model-00002-of-00003.safetensors")
+        self.refused(folder, r"cannot read .*model-00002-of-00003\.safetensors: it is a pipe")
 
     @pytest.mark.parametrize(
         ("weight_map", "message"),

@@ -83,7 +83,8 @@ DUCK_API int duck_experts_forward(duck_experts* experts, duck_pool* pool, int la
                                   int top_k, const float* x, const std::int32_t* ids,
                                   const float* weights, float* out, int* bad_row);
 
-// Reads bytes of the arena once, from `offset`, with all threads: the bandwidth to compare with.
+// Reads bytes of the arena once, from `offset`, with all threads, by the fastest instructions there
+// are, whatever `forward` uses: the bandwidth to compare with.
 DUCK_API std::uint64_t duck_experts_read(duck_experts* experts, duck_pool* pool,
                                          std::size_t offset, std::size_t bytes);
 
