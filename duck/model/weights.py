@@ -502,7 +502,9 @@ def _scale_name(weight: str, tensors: Mapping[str, TensorInfo]) -> str:
 
 def bf16_to_f32(stored: npt.NDArray[np.uint16]) -> Floats:
     """bf16, which numpy does not know and holds as uint16, to float32: exact, a copy."""
-    return (stored.astype(np.uint32) << 16).view(np.float32)
+    wide = stored.astype(np.uint32)
+    wide <<= 16  # in place: fresh memory would cost as much as the shift
+    return wide.view(np.float32)
 
 
 def _widen(stored: Array, info: TensorInfo) -> Floats:
