@@ -39,7 +39,7 @@ class Recorder:
             front = wire.HEADER.pack(
                 wire.MAGIC, wire.VERSION, Kind.ANSWER, 1, ticket, 2, 3, 0, 1, size, 0, 0
             )[:28]
-            return Ahead(ticket, self._memory[: wire.HEADER_BYTES + size], front)
+            return Ahead(ticket, self._memory[: wire.HEADER_BYTES + size], 0, front)
         return None
 
     def wants(self, ticket: int) -> bool:
