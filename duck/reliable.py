@@ -200,6 +200,7 @@ class _Owed:
         "missing",
         "nacked",
         "probed",
+        "regrouped",
         "sent_at",
         "served_at",
         "ticket",
@@ -227,6 +228,8 @@ class _Owed:
         self.served_at = [-math.inf] * ducks  # when an RNACK was answered
         # Bits of ducks. Who was asked again for what.
         self.nacked = self.probed = 0
+        # What was sent to the whole group again. Once each: it may be the group that is cut off.
+        self.regrouped: set[str] = set()
 
 
 class _Past(NamedTuple):
@@ -398,7 +401,9 @@ class HostHalf:
         if owed is None:
             return []
         # A duck that has answered would answer again. While none has, once for all is cheaper.
-        if len(wanted) > 2 and all(missing == owed.full for missing in owed.missing):
+        nobody = all(missing == owed.full for missing in owed.missing)
+        if len(wanted) > 2 and nobody and "ask" not in owed.regrouped:
+            owed.regrouped.add("ask")
             union = 0
             for bits in wanted.values():
                 union |= bits
@@ -433,7 +438,9 @@ class HostHalf:
             else:
                 out.append(self._nack(owed, duck, now))
         if silent:
-            if len(silent) == len(owed.missing) > 2:  # all of them: the ask was lost on our side
+            # All of them: the ask was lost on our side.
+            if len(silent) == len(owed.missing) > 2 and "probe" not in owed.regrouped:
+                owed.regrouped.add("probe")
                 silent = [EVERYONE]
             self.counts.probes += len(silent)
             last = 1 << owed.ask_fragments - 1

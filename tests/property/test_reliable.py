@@ -408,6 +408,20 @@ def test_the_answer_cache_serves_whoever_lost_the_whole_answer() -> None:
     assert node.half.counts.resent == CUT.fragments(476)
 
 
+@pytest.mark.parametrize("ducks", [2, 3, 8])
+def test_a_group_that_reaches_nobody(ducks: int) -> None:
+    """As a switch does that forgot its members: what is sent to one duck still comes."""
+    world = World(ducks, Weather(), random.Random(0))
+    send = world.host.send
+    world.host.send = lambda sends: send([s for s in sends if s.duck != EVERYONE])  # type: ignore[method-assign]
+    for ticket in range(1, 21):
+        begun = world.now
+        world.host.ask(ticket, body(ticket, 470), 476, arrives=False)
+        world.run()
+        assert world.done[ticket] - begun < 5 * CAP_S
+    check(world, dict.fromkeys(range(1, 21), (470, 476)))
+
+
 def test_an_ask_that_nobody_got_is_sent_to_all_at_once() -> None:
     world = World(4, Weather(), random.Random(0))
     world.host.ask(1, body(1, 470), 476, arrives=False)
