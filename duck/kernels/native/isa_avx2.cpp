@@ -57,7 +57,7 @@ struct Fp8 {
   // whole bytes (bslli) is work for another port than shifting bits, and fma leaves that one free.
   static constexpr int kMask = int(0x87F00000u);
   static void even(const std::uint8_t* p, V* f) {
-    const __m256i v = _mm256_srai_epi16(_mm256_slli_epi16(load_bytes(p), 8), 4);
+    const __m256i v = _mm256_srai_epi16(_mm256_bslli_epi128(load_bytes(p), 1), 4);
     f[0] = masked(_mm256_bslli_epi128(v, 2), kMask);
     f[1] = masked(v, kMask);
   }
