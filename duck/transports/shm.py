@@ -437,8 +437,8 @@ class ShmFeed:
             listener.listen(1)
         except OSError as error:
             raise ConfigError(
-                f"no unix socket under {_short_folder()} ({error.strerror or error}): set TMPDIR "
-                "to a folder with a short path that may be written, or use --transport tcp"
+                f"no folder for a unix socket ({error.strerror or error}): set TMPDIR to one with "
+                "a short path that may be written, or use --transport tcp"
             ) from error
         self._watch(listener, self._accept)
         return {"socket": path}

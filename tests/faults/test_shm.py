@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import socket
@@ -253,16 +254,28 @@ async def test_a_long_temporary_folder(
         host.control.close()
 
 
+def _no_folder_at_all() -> str:
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+
+@pytest.mark.parametrize(
+    ("usual", "why"),
+    [(lambda: "/nothing/here", "No such file"), (_no_folder_at_all, "No usable temporary")],
+    ids=["missing", "none"],
+)
 async def test_no_folder_for_the_socket(
-    served: tuple[str, ListeningDuck], monkeypatch: pytest.MonkeyPatch
+    served: tuple[str, ListeningDuck],
+    monkeypatch: pytest.MonkeyPatch,
+    usual: Callable[[], str],
+    why: str,
 ) -> None:
     address, end = served
     with monkeypatch.context() as changed:
-        changed.setattr(tempfile, "tempdir", "/nothing/here")
+        changed.setattr(tempfile, "gettempdir", usual)
         peer = await Peer.connect(address)
         peer.say("HELLO", **hello(PLAN, data="shm"))
         told = (await peer.hear())["text"]
-        assert told.startswith("no unix socket under /nothing/here (No such file")
+        assert told.startswith(f"no folder for a unix socket ({why}")
         assert "--transport tcp" in told
         await _until(lambda: not end._sessions)
 
