@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -232,11 +233,13 @@ class ListeningDuck:
             server = await self._loop.create_server(self._link, host, port)
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
             self._worker.end()
-            why = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"cannot listen on {self._listen}: {why}; "
-                "choose another port, or 0 for any free one"
-            ) from error
+            # asyncio puts its own words, and the address once more, before the system's.
+            number = getattr(error, "errno", None) or 0
+            why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+            advice = "choose another port, or 0 for any free one"
+            if number == errno.EADDRNOTAVAIL:
+                advice = "no interface of this machine has that address"
+            raise ConfigError(f"cannot listen on {self._listen}: {why}; {advice}") from error
         try:
             address = server.sockets[0].getsockname()
             text = f"[{address[0]}]" if ":" in address[0] else address[0]

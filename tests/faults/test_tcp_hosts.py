@@ -743,6 +743,12 @@ async def test_a_port_in_use(served: tuple[str, ListeningDuck]) -> None:
         await ListeningDuck(address, lambda _: None, [TcpDuckPlane()]).serve(FakeDuck(1))
 
 
+async def test_an_address_of_another_machine() -> None:
+    told = r"cannot listen on 192\.0\.2\.1:0: Cannot assign requested address; no interface"
+    with pytest.raises(ConfigError, match=told):  # an address that RFC 5737 keeps for examples
+        await ListeningDuck("192.0.2.1:0", lambda _: None, [TcpDuckPlane()]).serve(FakeDuck(0))
+
+
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "..", "x" * 300])
 async def test_addresses_that_are_none(host: str) -> None:
     with pytest.raises(ConfigError, match="cannot listen on"):
