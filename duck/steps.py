@@ -84,9 +84,6 @@ class Steps(Generic[Asked, Given]):
 
     async def _lead(self, group: _Group[Asked, Given]) -> Given:
         others = group.places[1:]
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        for place in others:
-            place.wish.session.lent = done
         try:
             group.outcomes = await self._run([place.wish for place in group.places], group.way)
             for place in others:
@@ -102,7 +99,6 @@ class Steps(Generic[Asked, Given]):
             self._disband(others, alone=True)
             raise _TryAlone from None
         finally:
-            done.set_result(None)
             self._ended(group)
 
     def _leave(self, place: _Place[Asked, Given]) -> None:
@@ -119,6 +115,7 @@ class Steps(Generic[Asked, Given]):
             place.tell(None)
 
     def _ended(self, group: _Group[Asked, Given]) -> None:
+        group.done.set_result(None)
         self._running -= 1
         self._stepping -= len(group.places)
         self._form_soon()
@@ -143,8 +140,11 @@ class Steps(Generic[Asked, Given]):
             self._waiting = [place for place in self._waiting if place not in places]
             for number, place in enumerate(places):
                 place.number = number
-            first.leads = _Group(way, places)
-            first.tell(first.leads)
+            first.leads = group = _Group(way, places)
+            # Now and not when the leader wakes: until then a session may leave and begin anew.
+            for place in places[1:]:
+                place.wish.session.lent = group.done
+            first.tell(group)
             self._running += 1
             self._stepping += len(places)
 
@@ -178,3 +178,7 @@ class _Group(Generic[Asked, Given]):
     way: Way
     places: list[_Place[Asked, Given]]
     outcomes: Sequence[Given] = field(default_factory=list)
+    # When nobody works on the sessions of those who do not lead any more.
+    done: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )

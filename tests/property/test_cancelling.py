@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from duck.plan.closed import TUNED
@@ -94,6 +94,8 @@ def _quick_collections() -> Iterator[None]:
     prompt=st.sampled_from([1, 3, 300]),
     seed=st.integers(0, 5),
 )
+# A session that leaves between the forming of its step and the first turn of whoever leads it.
+@example(turns=[359, 271], schedule="batch", draft="mtp", early="off", prompt=1, seed=0)
 def test_broken_off_at_any_turn(
     turns: list[int], schedule: str, draft: str, early: str, prompt: int, seed: int
 ) -> None:
