@@ -17,7 +17,7 @@ class BuildNative(build_ext):
     """One shared object for ctypes: no Python extension, so neither its name nor its flags."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path("duck", "kernels", build.library_name()))
+        return str(Path("duck", "kernels", build.file_name()))
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))

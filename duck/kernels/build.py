@@ -29,7 +29,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def library_name() -> str:
+def file_name() -> str:
     """The file name of the library that belongs to the sources as they are."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for source in sorted(SOURCES.iterdir()):
@@ -43,7 +43,7 @@ def find_library() -> Path:
     Raises:
         ConfigError: there is no compiler, or it fails.
     """
-    name = library_name()
+    name = file_name()
     folders = [PACKAGE, _cache()]
     for folder in folders:
         if (folder / name).is_file():

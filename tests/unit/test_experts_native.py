@@ -500,7 +500,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_an_existing_library_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert build.find_library().name == build.library_name()
+    assert build.find_library().name == build.file_name()
 
 
 def test_bench() -> None:
