@@ -327,7 +327,6 @@ class Pipeline:
         ran = await self._device.run(stage, work)
         self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun, late=ran.late)
         if self._trace.on:
-            self._trace.count("loop late ms", ran.ended + ran.late, ran.late * 1e3)
             self._trace.span(
                 "device", stage.name, ran.begun, ran.ended, stage.layer,
                 lane=stage.lane, session=stage.session, rows=stage.rows,
