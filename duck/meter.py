@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from duck.schedule import Average
 LATE_SAMPLES = 4096
 # Asks whose ducks' reports are taken in at once: one by one, 32 ducks would cost each ask 20 us.
 TOGETHER = 16
+# What is told of a running engine is of its last so many seconds of work, one more or less.
+LATELY_S = 10
 
 
 @dataclass
@@ -28,11 +30,17 @@ class Meter:
     shared_experts: int = 0
     possible_experts: int = 0
 
-    def experts(self, sure: np.ndarray, guess: np.ndarray | None = None) -> None:
-        """Count what the rows of a step have in common. sure, guess: (layers, top_k) ids."""
-        if guess is not None:
-            self.shared_experts += int((sure[:, :, None] == guess[:, None, :]).sum())
-            self.possible_experts += sure.size
+    def experts(self, sure: np.ndarray, guess: np.ndarray | None = None) -> tuple[int, int]:
+        """Count what the rows of a step have in common; how many experts, and of how many.
+
+        sure, guess: (layers, top_k) ids.
+        """
+        if guess is None:
+            return 0, 0
+        shared = int((sure[:, :, None] == guess[:, None, :]).sum())
+        self.shared_experts += shared
+        self.possible_experts += sure.size
+        return shared, sure.size
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,6 @@ class Stages:
 
         moe_layers, dense_layers: of the model.
         """
-
         self._take_in()
 
         def device(stage: str, rows: int) -> float:
@@ -157,6 +164,73 @@ class Stages:
             combine=one("combine"),
             host=0.0,  # measured with the head
         )
+
+
+class Lately:
+    """What a pipeline did in its last seconds of work, for whoever watches it run.
+
+    Pauses in which there was nothing to do count as if they had not been.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self._running = 0  # steps and prompts
+        self._since = 0.0  # when the first of them began
+        self._now = _Mark(0.0, stages.totals())
+        self._marks = deque([replace(self._now)], maxlen=LATELY_S)  # a second of work apart
+
+    def began(self, now: float) -> None:
+        """A step or a prompt is on its way."""
+        if not self._running:
+            self._since = now
+        self._running += 1
+
+    def ended(self, now: float) -> None:
+        """It is no more, whatever became of it."""
+        mark = self._now
+        mark.active += now - self._since
+        self._since = now
+        self._running -= 1
+        if mark.active - self._marks[-1].active >= 1.0:
+            mark.totals = self._stages.totals()
+            self._marks.append(replace(mark))
+
+    def common(self, shared: int, possible: int) -> None:
+        """So many experts were common to a session's rows in a step, of so many."""
+        self._now.shared += shared
+        self._now.possible += possible
+
+    def figures(self, now: float) -> dict[str, float]:
+        """Shares of the time: device_busy, ducks_busy, overlap_efficiency; and expert_overlap."""
+        before, mark = self._marks[0], self._now
+        active = mark.active - before.active + (now - self._since if self._running else 0.0)
+        possible = mark.possible - before.possible
+        return {
+            **shares(self._stages.totals().since(before.totals), active),
+            "expert_overlap": (mark.shared - before.shared) / possible if possible else 0.0,
+        }
+
+
+@dataclass
+class _Mark:
+    """Sums up to a moment."""
+
+    active: float  # seconds in which there was work
+    totals: Totals
+    shared: int = 0
+    possible: int = 0
+
+
+def shares(work: Totals, seconds: float) -> dict[str, float]:
+    """How busy device and ducks were in that time, and how much of their work overlapped."""
+    if seconds <= 0:
+        return dict.fromkeys(("device_busy", "ducks_busy", "overlap_efficiency"), 0.0)
+    ducks = sum(work.each_duck) / len(work.each_duck)
+    return {
+        "device_busy": min(1.0, work.device / seconds),
+        "ducks_busy": min(1.0, ducks / seconds),
+        "overlap_efficiency": overlap_efficiency([work.device, work.ducks, work.wire], seconds),
+    }
 
 
 def _of_one_row(means: Mapping[int, float]) -> float:
