@@ -205,6 +205,7 @@ class Engine:
                     lambda duck, done, total: note(f"duck {duck}", done, total),
                     lambda duck, layer: layer_stream(checkpoint, slice_of(plan, duck), layer),
                     _credentials(key),
+                    local.ended if local else lambda _duck: False,
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)

@@ -149,17 +149,16 @@ class MulticastPlane:
         make_socket: Callable[..., UdpSocket] = UdpSocket,
     ) -> None:
         network = network or Network()
-        self._nics: dict[str, Nic] = {}  # by the interface's address
         groups = network.groups or ("",) * len(network.interfaces)
         pairs = zip(network.interfaces, groups, strict=True)
         self._chosen = {(nic := interface_named(name)).address: (nic, at) for name, at in pairs}
         self._mtu = network.mtu
         self._make_socket = make_socket
         self._tcp = TcpPlane()
-        self._closed = False
 
     def start(self, flock: FlockTransport) -> None:
-        self._flock = flock
+        self._flock, self._closed = flock, False
+        self._nics: dict[str, Nic] = {}  # by the interface's address
         self._tcp.start(flock)
         self._loop = asyncio.get_running_loop()
         plan = flock.plan
