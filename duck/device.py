@@ -153,7 +153,8 @@ class Device:
         if future.done():
             return
         if error is None:
-            future.set_result(ran._replace(late=time.perf_counter() - ran.ended))
+            late = time.perf_counter() - ran.ended
+            future.set_result(Ran(ran.result, ran.begun, ran.ended, late))
         else:
             future.set_exception(error)
             # Who waits may be cancelled before it looks: then nobody needs to hear of it.

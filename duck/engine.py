@@ -29,7 +29,7 @@ from duck.flock import Flock
 from duck.kernels import library
 from duck.keys import ClusterKey
 from duck.local import LocalDucks, threads_each
-from duck.meter import Meter, Totals, overlap_efficiency
+from duck.meter import Meter, Totals, shares
 from duck.model.config import ModelConfig
 from duck.model.tokenizer import StopScanner, TextStream
 from duck.model.transformer import Transformer
@@ -224,6 +224,18 @@ class Engine:
             load = _report(checkpoint, model, budget, plan, transport.attached)
             yield cls(prompts, model, pipeline, plan, kind, load)
 
+    def stats(self) -> dict[str, Any]:
+        """What is going on now; cheap enough to ask for every second.
+
+        sessions: in a step or waiting for one; schedule: the next step's; device_busy, ducks_busy,
+        overlap_efficiency, expert_overlap: as in an answer's statistics, but over the last ten
+        seconds or so of work, all sessions together; loop_late_p99_s: how late the event loop heard
+        of the device lately; transport, ducks.
+        """
+        return {
+            **self._pipeline.stats(), "transport": self.transport, "ducks": self.plan.ducks,
+        }  # fmt: skip
+
     # answers
 
     def session(self) -> Session:
@@ -341,7 +353,6 @@ class _Run:
         now = time.perf_counter()
         meter, work = self.meter, self._pipeline.stages.totals().since(self._before)
         ttft, decode = self._first - self._begun, now - self._first
-        ducks = work.each_duck
         settled = self.count - 1
         return {
             "prompt_tokens": self._prompt_tokens,
@@ -357,11 +368,7 @@ class _Run:
             "schedule": self._schedule(),
             "transport": self._engine.transport,
             "ducks": self._engine.plan.ducks,
-            "device_busy": min(1.0, work.device / decode) if settled else 0.0,
-            "ducks_busy": min(1.0, sum(ducks) / len(ducks) / decode) if settled else 0.0,
-            "overlap_efficiency": (
-                overlap_efficiency([work.device, work.ducks, work.wire], decode) if settled else 0.0
-            ),
+            **shares(work, decode if settled else 0.0),
             "expert_overlap": (
                 meter.shared_experts / meter.possible_experts if meter.possible_experts else 0.0
             ),

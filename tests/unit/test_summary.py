@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from duck import recording
 from duck.cli import main
@@ -17,8 +18,8 @@ from duck.errors import ConfigError
 from duck.plan.closed import TUNED
 from duck.plan.simulate import Busy, simulate
 from duck.recording import Recording, read
-from duck.summary import Summary, summarize
-from duck.trace import LATE, Trace
+from duck.summary import Summary, summarize, tables
+from duck.trace import CANCELLED, FAILED, LATE, Trace
 
 DUCKS = 3
 MS = 1e-3
@@ -128,6 +129,23 @@ def test_how_late_the_loop_was_within_steps(tmp_path: Path) -> None:
     trace.count("another", begun, 1e9)
     assert summarize(recorded(trace, tmp_path)).late_us == 990
     assert summarize(recorded(played("serial"), tmp_path)).late_us is None
+
+
+def test_asks_that_came_to_nothing_are_counted(tmp_path: Path) -> None:
+    trace = played("serial")
+    for number, name in enumerate((FAILED, CANCELLED, CANCELLED)):
+        trace.span("net", name, number * MS, (number + 1) * MS, 3, why="")
+    found, plain = (
+        summarize(recorded(trace, tmp_path)),
+        summarize(recorded(played("serial"), tmp_path)),
+    )
+    assert (found.failed, found.cancelled) == (1, 2)
+    assert (plain.failed, plain.cancelled) == (0, 0)
+    assert found.stages == plain.stages  # nor do they make anything busier
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(tables(found)[0])
+    assert "1; 2 cancelled" in captured.get()
 
 
 def test_the_straggler_has_a_name_and_a_reason(tmp_path: Path) -> None:
