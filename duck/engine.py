@@ -133,7 +133,7 @@ class Engine:
             )
         ducks = Ducks.parse(chosen.ducks)
         key_path = chosen.key_path()
-        key = ClusterKey.read(key_path) if key_path else None
+        key = ClusterKey.read(key_path, chosen.key_named()) if key_path else None
         slices = placement.weighted_slices(config.moe_intermediate_size, chosen.weights())
         checkpoint = Checkpoint.open(folder)
         checkpoint.check(config)

@@ -367,6 +367,10 @@ class FlockTransport:
         label = self.labels[duck]
         try:
             return await self._shake_hands(duck)
+        except wire.Foreign as error:
+            raise WireError(
+                f"{label}: {self.addresses[duck]} is not a duck (it answered {error.began!r})"
+            ) from None
         except WireError as error:  # whatever is wrong, say with whom
             text = str(error)
             raise WireError(text if text.startswith(label) else f"{label}: {text}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,13 @@ def test_bad_files_are_one_line(
         assert err.count("\n") == 1
 
 
+def test_a_pipe_is_one_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.json")
+    code, out, err = run(capfd, str(tmp_path / "t.json"))
+    assert (code, out) == (2, "")
+    assert err == f"duck: {tmp_path}/t.json: it is a pipe, want a regular file\n"
+
+
 def test_a_file_cut_anywhere_is_one_line(
     file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,7 +311,7 @@ def test_a_file_that_unpacks_to_too_much_is_one_line(
     ("words", "said"),
     [
         (("none.json",), "No such file"),
-        ((".",), "Is a directory"),
+        ((".",), "it is a folder"),
         (("FILE", "--png", "x.png", "--steps", "3"), "--steps '3': want two numbers as 3:6"),
         (("FILE", "--png", "x.png", "--steps", "2:9"), "--steps 2:9: the trace has steps 0:3"),
         (("FILE", "--steps", "0:1"), "--steps chooses what --png draws"),
