@@ -91,9 +91,11 @@ class Engine:
         plan: Plan,
         transport: str,
         load: LoadReport,
+        trace: Trace,
     ) -> None:
         self.prompts, self.config, self.tokenizer = prompts, prompts.config, prompts.tokenizer
         self.plan, self.transport, self.load = plan, transport, load
+        self.trace = trace  # what is recorded; its `on` may be changed between two steps
         self._model, self._pipeline = model, pipeline
 
     @classmethod
@@ -222,7 +224,7 @@ class Engine:
                 expert_bytes=[slice_of(plan, duck).record_bytes for duck in range(plan.ducks)],
             )  # fmt: skip
             load = _report(checkpoint, model, budget, plan, transport.attached)
-            yield cls(prompts, model, pipeline, plan, kind, load)
+            yield cls(prompts, model, pipeline, plan, kind, load, trace)
 
     def stats(self) -> dict[str, Any]:
         """What is going on now; cheap enough to ask for every second.

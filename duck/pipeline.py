@@ -34,7 +34,7 @@ from duck.sampling import Sampling
 from duck.schedule import Chooser, Policy, Way, chunks
 from duck.session import Session
 from duck.steps import Steps
-from duck.trace import CANCELLED, FAILED, LATE, OFF, Trace
+from duck.trace import CANCELLED, FAILED, OFF, Trace
 
 # Rows of one prefill lane. Long enough that ducks read each expert once for many rows, short enough
 # that a row set of all ducks' answers stays small and a cancelled prompt ends soon.
@@ -352,10 +352,8 @@ class Pipeline:
         if self._trace.on:
             self._trace.span(
                 "device", stage.name, ran.begun, ran.ended, stage.layer,
-                lane=stage.lane, session=stage.session, rows=stage.rows,
+                lane=stage.lane, session=stage.session, rows=stage.rows, late_us=ran.late * 1e6,
             )  # fmt: skip
-            now = self._clock()
-            self._trace.count(LATE, now, (now - ran.ended) * 1e6)
         return ran.result
 
     def _arrived(self, ask: FlyingAsk, layer: Layer, lane: Lane, ids: np.ndarray) -> None:

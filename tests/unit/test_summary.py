@@ -19,7 +19,7 @@ from duck.plan.closed import TUNED
 from duck.plan.simulate import Busy, simulate
 from duck.recording import Recording, read
 from duck.summary import Summary, summarize, tables
-from duck.trace import CANCELLED, FAILED, LATE, Trace
+from duck.trace import CANCELLED, FAILED, Trace
 
 DUCKS = 3
 MS = 1e-3
@@ -124,8 +124,9 @@ def test_how_late_the_loop_was_within_steps(tmp_path: Path) -> None:
     trace = played("serial")
     begun, ended = trace.spans()[0].start, trace.spans()[1].end
     for number in range(1000):
-        trace.count(LATE, begun + (ended - begun) * number / 1000, float(number))
-        trace.count(LATE, ended + 1.0, 1e9)
+        at = begun + (ended - begun) * number / 1001 - number / 1e6  # heard within the steps
+        trace.span("device", "attend", at, at, late_us=float(number))
+        trace.span("device", "attend", ended + 1.0, ended + 1.0, late_us=1e9)
     trace.count("another", begun, 1e9)
     assert summarize(recorded(trace, tmp_path)).late_us == 990
     assert summarize(recorded(played("serial"), tmp_path)).late_us is None
