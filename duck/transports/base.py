@@ -59,7 +59,8 @@ class Rows:
     def __init__(self, ducks: int, shape: wire.Shape, capacity: int, number: int = 0) -> None:
         self._shape = shape
         self.capacity, self.number = capacity, number
-        size = -(-shape.answer_bytes(capacity) // _ALIGN) * _ALIGN
+        # With room for what may be received behind an answer (link.SPARE_BYTES).
+        size = (shape.answer_bytes(capacity) // _ALIGN + 1) * _ALIGN
         raw = np.zeros(ducks * (size + _ALIGN) + _ALIGN, np.uint8)
         start = -raw.ctypes.data % _ALIGN
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
@@ -176,6 +177,7 @@ class Ask:
         "_freed",
         "_future",
         "_table",
+        "answer_bytes",
         "arrived_at",
         "count",
         "deadline",
@@ -195,8 +197,9 @@ class Ask:
         self._table = table
         self.ticket, self.layer, self.count, self.rows = ticket, layer, count, rows
         self.deadline = deadline
-        message = wire.STAMP_BYTES + table.plan.shape.answer_bytes(count)
-        self.fragments = max(1, -(-message // wire.FRAME_LIMIT))
+        # Of each duck's message, without its header.
+        self.answer_bytes = wire.STAMP_BYTES + table.plan.shape.answer_bytes(count)
+        self.fragments = -(-self.answer_bytes // wire.FRAME_LIMIT)
         self.gather = Gather(table.plan.ducks, self.fragments)
         self.front = b""  # for planes: what the headers of its answers begin with
         self.sent_at = time.perf_counter()

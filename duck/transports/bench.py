@@ -2,8 +2,9 @@
 
 Ducks are processes that answer at once (bench_ducks.py). The yardstick is the least that Python can
 do with the same bytes and the same ducks: a loop over epoll that sends an ask's frame to every duck
-and receives the answers into their rows with recv_into; it checks nothing and awaits nothing. Both are measured in turns of a
-few rounds within the same run, because the speed of a shared machine drifts.
+and receives the answers into their rows with recv_into; it checks nothing and awaits nothing. Both
+are measured in turns of a few rounds within the same run, because the speed of a shared machine
+drifts.
 
 With `losses`, datagrams are dropped at the host's sockets, each for itself in both directions; an
 ask that is dropped there is lost to all ducks. Only multicast has datagrams of ours to drop: under

@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # certificates are slow to import, and only needed with a key
 
 _CONTROL_BUFFER = 1 << 16
 _MAX_UNREAD = 64  # control messages a peer may send ahead of us
+# Room behind the place of a frame. A reader that fills its buffer asks the system once more whether
+# there is more; less than a header, so that what comes with a frame is never a whole other one.
+SPARE_BYTES = 16
 # A peer whose machine is gone says nothing, not even goodbye: the system asks after this many
 # seconds, again and again, and then ends the connection. A stopped process still counts as alive.
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -35,8 +38,9 @@ class Ahead(NamedTuple):
     """The frame that will most likely come next, and where it may lie at once, header and all."""
 
     ticket: int
-    place: memoryview  # as long as header and payload
-    address: int  # where that is
+    place: memoryview  # longer than header and payload, by up to `SPARE_BYTES`
+    size: int  # of header and payload
+    address: int  # where the place is
     front: bytes  # its header up to the checksum, which is CRC-32C
 
 
@@ -142,15 +146,17 @@ class Link(asyncio.BufferedProtocol):
     def get_buffer(self, _sizehint: int) -> memoryview:
         if self._sealed:
             return self._sealed.room()
-        if self._frames is None:
+        frames = self._frames
+        if frames is None:
             return self._buffer
-        if self._header is None and not self._have:
-            self._ahead = self._frames.ahead()
+        if not self._have and self._header is None:
+            self._ahead = ahead = frames.ahead()
+            return ahead.place if ahead else self._room(frames)
         if self._ahead:
-            if self._have and not self._frames.wants(self._ahead.ticket):
+            if not frames.wants(self._ahead.ticket):
                 self._move_aside(self._ahead)
             return self._ahead.place[self._have :]
-        return self._room(self._frames)
+        return self._room(frames)
 
     def _move_aside(self, ahead: Ahead) -> None:
         """Half of a frame has come, and its place is given to another."""
@@ -281,9 +287,10 @@ class Link(asyncio.BufferedProtocol):
             return
         rest: bytes | bytearray | memoryview = data
         if not transport.get_write_buffer_size():
-            sent = 0
-            with contextlib.suppress(OSError):  # the transport meets it too, and knows what to do
+            try:
                 sent = os.write(self._descriptor, data)
+            except OSError:  # the transport meets it too, and knows what to do
+                sent = 0
             if sent == len(data):
                 return
             rest = memoryview(data)[sent:]
@@ -309,20 +316,26 @@ class Link(asyncio.BufferedProtocol):
 
     def _received_ahead(self, count: int, ahead: Ahead, frames: Frames | None) -> None:
         assert frames
-        self._have += count
-        place, state = ahead.place, library.MESSAGE_OTHER
-        if self._have == len(place):
-            state = library.check_message(ahead.address, len(place), ahead.front)
-        elif self._have < wire.HEADER_BYTES or place[: len(ahead.front)] == ahead.front:
+        have = self._have = self._have + count
+        place, size, state = ahead.place, ahead.size, library.MESSAGE_OTHER
+        if have >= size:
+            state = library.check_message(ahead.address, size, ahead.front)
+        elif have < wire.HEADER_BYTES or place[: len(ahead.front)] == ahead.front:
             return
         if state == library.MESSAGE_BAD:
             raise WireError("a data frame failed its checksum")
-        have, self._have, self._ahead = self._have, 0, None
+        self._have, self._ahead = 0, None
         if state == library.MESSAGE_GOOD:
+            spilled = bytes(place[size:have]) if have > size else b""
             if frames.wants(ahead.ticket):
                 frames.landed(ahead.ticket)
             else:
                 self.dropped += 1
+            if spilled:  # the beginning of the next frame
+                self._ahead = frames.ahead()
+                room = self._ahead.place if self._ahead else memoryview(self._head)
+                room[: len(spilled)] = spilled
+                self._have = len(spilled)
             return
         # Another frame than we thought, perhaps more than one: by the long way.
         rest = memoryview(bytes(place[:have]))

@@ -148,7 +148,7 @@ class SealedFrames:
         ahead = self._frames.ahead()
         if ahead and head == ahead.front + _NO_CHECKSUM:
             self._ahead = ahead
-            self._need = len(ahead.place) + TAG_BYTES
+            self._need = ahead.size + TAG_BYTES
             return
         header = wire.unpack_header(head)
         if header.crc:
@@ -161,7 +161,7 @@ class SealedFrames:
         if self._frames.wants(ahead.ticket):
             body = self._begin + wire.HEADER_BYTES
             head, sealed = self._buffer[self._begin : body], self._buffer[body:]
-            place = ahead.place[wire.HEADER_BYTES :]
+            place = ahead.place[wire.HEADER_BYTES : ahead.size]
             self._opener.open_into(head, sealed[: len(place) + TAG_BYTES], place)
             self._frames.landed(ahead.ticket)
         else:

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import secrets
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from duck.kernels import library
 from duck.seal import Opener, Sealer
 from duck.transports.base import Ask, AskTable
 from duck.transports.control import FlockTransport, Welcome
-from duck.transports.link import Ahead, Link, data_frames, frame_bytes
+from duck.transports.link import SPARE_BYTES, Ahead, Link, data_frames, frame_bytes
 from duck.transports.listen import HostSession
 from duck.transports.sealed import sealed_frames
 
@@ -77,10 +77,9 @@ class TcpPlane:
 
     def send(self, ask: Ask, body: bytes) -> None:
         if self._checksum == "crc32c" or self._sealer:
-            size = wire.STAMP_BYTES + self._flock.plan.shape.answer_bytes(ask.count)
             ask.front = wire.HEADER.pack(
                 wire.MAGIC, wire.VERSION, wire.Kind.ANSWER, self._flock.session, ask.ticket,
-                ask.layer, 0, 0, 1, size, 0, 0,
+                ask.layer, 0, 0, 1, ask.answer_bytes, 0, 0,
             )[:28]  # fmt: skip
         # Headers, checksums and seals are the same for all ducks: made once, written N times.
         self._write(self._frames(wire.Kind.ASK, ask, body), self._links.values())
@@ -97,10 +96,10 @@ class TcpPlane:
         checksum = CHECKSUMS[self._checksum]
         return b"".join(data_frames(kind, session, ticket, layer, wire.HOST, body, checksum))
 
-    def _write(self, data: bytes | bytearray, links: Iterable[Link]) -> None:
+    def _write(self, data: bytes | bytearray, links: Collection[Link]) -> None:
         for link in links:
             link.write(data)
-            self._sends += 1
+        self._sends += len(links)
 
     def tick(self) -> None:
         """Nothing is due: TCP sends again by itself."""
@@ -135,13 +134,14 @@ class _Answers:
         for ask in self._asks.open_asks.values():
             # Not by what is noted: that may be later, and what has landed must not be written to.
             if ask.ticket not in self._whole and not ask.gather.has(self._duck):
-                if not ask.front or ask.fragments > 1:
+                front, rows, duck = ask.front, ask.rows, self._duck
+                if not front or ask.fragments > 1:
                     return None
-                front = ask.front[:14] + self._source + ask.front[16:]
-                size = wire.HEADER_BYTES + int.from_bytes(front[20:24], "little")
-                rows, duck = ask.rows, self._duck
+                front = front[:14] + self._source + front[16:]
+                size = wire.HEADER_BYTES + ask.answer_bytes
+                place = rows.framed[duck][: size + SPARE_BYTES]
                 address = rows.address - wire.HEADER_BYTES + duck * rows.stride
-                return Ahead(ask.ticket, rows.framed[duck][:size], address, front)
+                return Ahead(ask.ticket, place, size, address, front)
         return None
 
     def wants(self, ticket: int) -> bool:
@@ -155,7 +155,9 @@ class _Answers:
             if len(self._whole) > _MANY_ASKS:
                 self._whole &= self._asks.open_asks.keys()
             self._whole.add(ask.ticket)
-        self._asks.arrived(ask, self._duck, fragment, fragments)
+            self._asks.arrived_whole(ask, (self._duck,))
+        else:
+            self._asks.arrived(ask, self._duck, fragment, fragments)
 
     def check(self, header: wire.Header) -> int:
         if header.session != self._session or header.source != self._duck:
@@ -167,11 +169,10 @@ class _Answers:
         size = frame_bytes(header, self._limit)
         ask = self._asks.open_asks.get(header.ticket)
         if ask is not None:
-            expected = wire.STAMP_BYTES + self._asks.plan.shape.answer_bytes(ask.count)
-            if header.layer != ask.layer or header.message_bytes != expected:
+            if header.layer != ask.layer or header.message_bytes != ask.answer_bytes:
                 raise WireError(
                     f"an answer of {header.message_bytes} bytes for layer {header.layer}, "
-                    f"want {expected} for layer {ask.layer}"
+                    f"want {ask.answer_bytes} for layer {ask.layer}"
                 )
             if ask.gather.seen(self._duck, header.fragment):
                 raise WireError(f"fragment {header.fragment} of an answer came twice")

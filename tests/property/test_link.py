@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from duck import wire
 from duck.errors import TransportError, WireError
 from duck.kernels import library
-from duck.transports.link import Ahead, Link, data_frames, frame_bytes
+from duck.transports.link import SPARE_BYTES, Ahead, Link, data_frames, frame_bytes
 
 
 class FakeTransport:
@@ -59,8 +59,11 @@ class Landing:
         front = wire.HEADER.pack(
             wire.MAGIC, wire.VERSION, wire.Kind.ASK, 1, ticket, ticket, 5, 0, 1, size, 0, 0
         )
-        place = self.ahead_of[ticket] = memoryview(bytearray(32 + size))
-        return Ahead(ticket, place, library.address_of(place), front[:28])
+        # Sometimes with all the room behind it that there may be, sometimes with hardly any.
+        spare = SPARE_BYTES if ticket % 3 else 1
+        place = memoryview(bytearray(32 + size + spare))
+        self.ahead_of[ticket] = place[: 32 + size]
+        return Ahead(ticket, place, 32 + size, library.address_of(place), front[:28])
 
     def wants(self, ticket: int) -> bool:
         return ticket not in self.unwanted
