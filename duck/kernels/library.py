@@ -31,6 +31,7 @@ MESSAGE_NONE, MESSAGE_GOOD, MESSAGE_BAD, MESSAGE_OTHER = range(4)
 """States of duck.h's messages."""
 SWIFT_BYTES = 1 << 16
 """What passes over at most so many bytes takes microseconds: see `swift`."""
+_SWIFT_SUMS = 1 << 15  # the same for sums of many rows
 
 # gate, up and down, each with the distance of its rows; then their scales
 _SLICE = [c_void_p, c_ssize_t] * 3 + [c_void_p] * 3
@@ -65,6 +66,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "duck_bf16_from_f32": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_f32_from_bf16": (None, [c_void_p, c_void_p, c_size_t]),
+    "duck_rows_sum": (c_int, [c_void_p, c_size_t, c_int, c_size_t, c_int, c_void_p]),
+    "duck_train_take": (
+        c_uint8,
+        [c_void_p, *[c_size_t] * 3, c_void_p, c_uint64, c_int, c_void_p, c_void_p, c_void_p],
+    ),
 }
 
 
@@ -148,6 +154,22 @@ def bf16_from_f32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     result = np.empty(source.shape, np.uint16)
     native().duck_bf16_from_f32(source.ctypes.data, result.ctypes.data, source.size)
     return result
+
+
+def sum_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], bool]:
+    """The sum over the first axis in its order, in float32; and whether it is finite.
+
+    rows: float32, or uint16 holding bfloat16; each of rows[i] is contiguous.
+    """
+    assert rows.dtype in (np.uint16, np.float32)
+    assert rows[0].flags.c_contiguous
+    total = np.empty(rows.shape[1:], np.float32)
+    library = swift() if total.size <= _SWIFT_SUMS else native()
+    finite = library.duck_rows_sum(
+        rows.ctypes.data, rows.strides[0], len(rows), total.size, rows.dtype == np.uint16,
+        total.ctypes.data,
+    )  # fmt: skip
+    return total, bool(finite)
 
 
 def f32_from_bf16(codes: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -116,7 +116,7 @@ class _EchoTcp(TcpDuckPlane):
     @staticmethod
     def _serve(link: socket.socket, feed: TcpFeed) -> None:
         session = feed._session
-        _serve(link, session.plan.shape, session.id, session.duck, feed._checksum)
+        _serve(link, session.plan.shape, session.id, session.duck, feed.checksum)
 
 
 class _EchoMulticast(MulticastDuckPlane):

@@ -194,7 +194,7 @@ def _joined(
                 end += 1
             train = datagrams[begin]
             if end - begin > 1:
-                train = memoryview(b"".join(datagrams[begin:end]))
+                train = memoryview(bytearray().join(datagrams[begin:end]))
             yield train, size, sender
             begin = end
 

@@ -35,6 +35,7 @@ import structlog
 from duck import wire
 from duck.config import Network, group_address
 from duck.errors import ConfigError, DuckError, TransportError, WireError
+from duck.kernels import library
 from duck.reliable import EVERYONE, Cut, DuckHalf, HostHalf, Lost, Run, Send
 from duck.seal import Opener, Sealer, overhead
 from duck.transports.base import SMALL_ROWS, Ask
@@ -53,6 +54,7 @@ from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
 from duck.transports.trains import (
     ETHERNET_MTU,
     TUNNEL_MTU,
+    Taker,
     ipv4,
     lay,
     message_room,
@@ -130,6 +132,15 @@ class Nic:
         self.ducks: list[int] = []
 
 
+class _Waiting(NamedTuple):
+    """An open ask as `Taker` sees it."""
+
+    ask: Ask
+    front: bytes  # of its answers' first header, up to the checksum; of duck 0
+    address: int  # where duck 0's answer goes, the others' a stride apart
+    stride: int
+
+
 class MulticastPlane:
     """A `control.Plane`: the host's end.
 
@@ -170,11 +181,16 @@ class MulticastPlane:
         self._addresses: dict[int, Address] = {}
         self._nic_of: dict[int, Nic] = {}
         self._trains: dict[int, tuple[bytes, int]] = {}  # ticket -> its datagrams, its layer
+        # With the native library: open asks by their tickets, and what takes their answers.
+        self._taker = Taker() if library.is_loaded() else None
+        self._waiting: dict[int, _Waiting] = {}
         # With a key: what seals all that is for every duck, and NACKs for one; what opens answers.
         self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
         self._sealers: dict[int, Sealer] = {}
         self._openers: dict[int, Opener] = {}
         self._tag_bytes = overhead(wire.Kind.ANSWER) if flock.keys else 0
+        # Of an answer to a small ask, as it travels.
+        self._largest = wire.STAMP_BYTES + plan.shape.answer_bytes(self._small) + self._tag_bytes
         # Sealed answers are put together here: for each open ask a place for each duck's.
         self._arriving: dict[int, memoryview] = {}
         self._spare: list[memoryview] = []
@@ -338,19 +354,27 @@ class MulticastPlane:
         cut, session, kind = self._cut, self._flock.session, wire.Kind.ASK
         message = sealed(self._sealer, kind, session, ask.ticket, ask.layer, wire.HOST, body)
         train = wire.datagrams(
-            kind, session, ask.ticket, ask.layer, wire.HOST, message, cut.payload_bytes
-        )
+            kind, session, ask.ticket, ask.layer, wire.HOST, message, cut.payload_bytes,
+            self._tcp.checksum,
+        )  # fmt: skip
         self._trains[ask.ticket] = (train, ask.layer)
         for nic in self._nics.values():
             nic.socket.send(train, cut.datagram_bytes, nic.group)
-        answer = self._answer_bytes(ask.count)
+        answer = ask.answer_bytes + self._tag_bytes
         self._half.open(ask.ticket, ask.layer, len(message), answer, _clock())
+        if self._taker:
+            self._waiting[ask.ticket] = self._wait_for(ask, answer)
         self._arm()
 
-    def _answer_bytes(self, rows: int) -> int:
-        """Of one duck's answer, as it travels."""
-        shape = self._flock.plan.shape
-        return wire.STAMP_BYTES + shape.answer_bytes(rows) + self._tag_bytes
+    def _wait_for(self, ask: Ask, answer: int) -> _Waiting:
+        """What the answers to an ask look like, and where they go."""
+        front = wire.HEADER.pack(
+            wire.MAGIC, wire.VERSION, wire.Kind.ANSWER, self._flock.session, ask.ticket, ask.layer,
+            0, 0, self._cut.fragments(answer), answer, 0, 0,
+        )[:28]  # fmt: skip
+        if self._sealer is None:
+            return _Waiting(ask, front, ask.rows.address, ask.rows.stride)
+        return _Waiting(ask, front, library.address_of(self._place(ask, 0)), self._largest)
 
     def cancel(self, ask: Ask) -> None:
         if ask.count > self._small:
@@ -363,6 +387,7 @@ class MulticastPlane:
     def _close_ask(self, ticket: int) -> None:
         self._half.close(ticket)
         self._trains.pop(ticket, None)
+        self._waiting.pop(ticket, None)
         if (memory := self._arriving.pop(ticket, None)) is not None:
             self._spare.append(memory)
 
@@ -376,11 +401,52 @@ class MulticastPlane:
                 self.strangers += 1
                 continue
             try:
-                self._received(duck, train, size, now)
+                rest = self._take(self._taker, duck, train, size, now) if self._taker else train
+                if rest:
+                    self._received(duck, rest, size, now)
             except WireError:
                 self.malformed += 1
         self._do(self._half.settle(now))
         self._arm()
+
+    def _take(
+        self, taker: Taker, duck: int, train: memoryview, size: int, now: float
+    ) -> memoryview:
+        """Take the answers at the front of a train that open asks wait for; what is left of it."""
+        half, payload = self._half, self._cut.payload_bytes
+        while len(train) > wire.HEADER_BYTES:
+            waiting = self._waiting.get(int.from_bytes(train[8:12], "little"))
+            if waiting is None:
+                break
+            ask, front, address, stride = waiting
+            if ask.ticket not in self._flock.asks.open_asks:  # it ended without an answer
+                self._close_ask(ask.ticket)
+                break
+            missing = half.missing(duck, ask.ticket)
+            want = front[:14] + duck.to_bytes(2, "little") + front[16:]
+            place = address + duck * stride
+            check = self._sealer is None
+            state, bits, used = taker.take(train, size, payload, want, missing, check, place)
+            if state == library.MESSAGE_OTHER:
+                break
+            half.landed(duck, ask.ticket, bits, now)
+            train = train[used:]
+            if state == library.MESSAGE_NONE:
+                continue
+            if state == library.MESSAGE_BAD or not self._opened(duck, ask, want):
+                half.failed(duck, ask.ticket, now)
+                continue
+            self._arrived(duck, ask)
+        return train
+
+    def _opened(self, duck: int, ask: Ask, want: bytes) -> bool:
+        """Open a sealed answer that is whole into its row; True when it is not sealed."""
+        if self._sealer is None:
+            return True
+        header = wire.unpack_header(want + bytes(4))
+        message = self._place(ask, duck)[: header.message_bytes]
+        row = ask.rows.landing[duck]
+        return verified(self._openers[duck], header, message, row, self._tcp.checksum)
 
     def _received(self, duck: int, train: memoryview, size: int, now: float) -> None:
         for run, data in runs(train, size):
@@ -421,11 +487,16 @@ class MulticastPlane:
         row = ask.rows.landing[duck]
         place = row if self._sealer is None else self._place(ask, duck)
         lay(data, size, place, run)
-        if not self._half.whole(duck, head.ticket):
+        if self._half.missing(duck, head.ticket):
             return
-        if not verified(self._openers.get(duck), head, place[: head.message_bytes], row):
+        message = place[: head.message_bytes]
+        if verified(self._openers.get(duck), head, message, row, self._tcp.checksum):
+            self._arrived(duck, ask)
+        else:
             self._half.failed(duck, head.ticket, now)
-            return
+
+    def _arrived(self, duck: int, ask: Ask) -> None:
+        """A duck's answer lies in its row, and is the one that was sent."""
         self._heard[duck] += 1
         self._flock.asks.arrived_whole(ask, (duck,))
         if ask.ticket not in self._flock.asks.open_asks:
@@ -433,7 +504,7 @@ class MulticastPlane:
 
     def _place(self, ask: Ask, duck: int) -> memoryview:
         """Where a duck's sealed answer to a small ask is put together."""
-        largest = self._answer_bytes(self._small)
+        largest = self._largest
         memory = self._arriving.get(ask.ticket)
         if memory is None:
             ducks = self._flock.plan.ducks
@@ -468,7 +539,7 @@ class MulticastPlane:
                 ask = self._flock.asks.open_asks.get(send.ticket)
                 if ask is None:
                     continue
-                fragments = self._cut.fragments(self._answer_bytes(ask.count))
+                fragments = self._cut.fragments(ask.answer_bytes + self._tag_bytes)
                 payload = wire.pack_missing(send.fragments or 0, fragments)
                 self._note(
                     self._nic_of[send.duck], self._addresses[send.duck], send.kind, send.ticket,
@@ -719,7 +790,7 @@ class MulticastFeed:
         opener = self._openers.get(head.kind)
         if opener:
             body = memoryview(bytearray(len(message) - overhead(head.kind)))
-        if not verified(opener, head, message, body):
+        if not verified(opener, head, message, body, self._tcp.checksum):
             half.failed(head)
             return
         self._session.check(head.layer, len(body))
@@ -760,7 +831,10 @@ class MulticastFeed:
         except TransportError as error:  # answered twice: no bug may end the thread, or be sealed
             self._loop.call_soon_threadsafe(self._session.refuse, str(error))
             return
-        train = wire.datagrams(kind, session, ticket, layer, duck, message, self._cut.payload_bytes)
+        train = wire.datagrams(
+            kind, session, ticket, layer, duck, message, self._cut.payload_bytes,
+            self._tcp.checksum,
+        )  # fmt: skip
         with contextlib.suppress(RuntimeError):  # the loop ended while we computed
             self._loop.call_soon_threadsafe(self._answered, ticket, layer, train, len(message))
 

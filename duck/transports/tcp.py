@@ -55,6 +55,11 @@ class TcpPlane:
         self._checksum = "crc32c" if library.is_loaded() else "crc32"
         self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
 
+    @property
+    def checksum(self) -> wire.Checksum:
+        """What covers messages that are not sealed."""
+        return CHECKSUMS[self._checksum]
+
     def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
         return {"checksum": self._checksum}
 
@@ -70,8 +75,7 @@ class TcpPlane:
         opener = None
         if flock.keys:
             opener = Opener(flock.keys.to_host(self.name, duck, welcome.nonce))
-        checksum = CHECKSUMS[self._checksum]
-        link.carry_data(_Answers(flock.asks, duck, flock.session), opener, checksum)
+        link.carry_data(_Answers(flock.asks, duck, flock.session), opener, self.checksum)
         self._links[duck] = link
         flock.watch(link, duck)
 
@@ -93,8 +97,7 @@ class TcpPlane:
         session, ticket, layer = self._flock.session, ask.ticket, ask.layer
         if self._sealer:
             return sealed_frames(self._sealer, kind, session, ticket, layer, wire.HOST, body)
-        checksum = CHECKSUMS[self._checksum]
-        return b"".join(data_frames(kind, session, ticket, layer, wire.HOST, body, checksum))
+        return b"".join(data_frames(kind, session, ticket, layer, wire.HOST, body, self.checksum))
 
     def _write(self, data: bytes | bytearray, links: Collection[Link]) -> None:
         for link in links:
@@ -241,7 +244,7 @@ class TcpFeed:
         feeds: dict[bytes, TcpFeed],
         checksum: wire.Checksum = zlib.crc32,
     ) -> None:
-        self._checksum = checksum
+        self.checksum = checksum
         self.token = secrets.token_bytes(_TOKEN_BYTES)
         self.link: Link | None = None
         self._session, self._feeds = session, feeds
@@ -261,7 +264,7 @@ class TcpFeed:
 
     def carry(self, link: Link) -> None:
         """This is the data connection."""
-        link.carry_data(self, self._opener, self._checksum)
+        link.carry_data(self, self._opener, self.checksum)
         self.link = link
         link.on_close = self._closed
         link.send({"t": "OK"})
@@ -349,7 +352,7 @@ class TcpFeed:
                 self._sealer, kind, session.id, ticket, layer, session.duck, message
             )
             return [sealed]
-        return data_frames(kind, session.id, ticket, layer, session.duck, message, self._checksum)
+        return data_frames(kind, session.id, ticket, layer, session.duck, message, self.checksum)
 
     def _send(self, frames: Sequence[bytes | bytearray | memoryview]) -> None:
         if self.link and not self.link.transport.is_closing():

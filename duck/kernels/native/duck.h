@@ -96,6 +96,11 @@ DUCK_API std::uint32_t duck_crc32c(std::uint32_t crc, const void* data, std::siz
 DUCK_API void duck_bf16_from_f32(const float* from, std::uint16_t* to, std::size_t count);
 DUCK_API void duck_f32_from_bf16(const std::uint16_t* from, float* to, std::size_t count);
 
+// to[i] = the rows' sum at i, added in their order, as floats. Rows of `count` bf16 numbers (if
+// `bf16`) or floats lie `stride` bytes apart. Returns whether every sum is finite.
+DUCK_API int duck_rows_sum(const void* rows, std::size_t stride, int ducks, std::size_t count,
+                           int bf16, float* to);
+
 // Messages in memory that processes share (messages.cpp): a header of 32 bytes, whose last four are
 // the checksum of all else, then the body. Places are aligned to 8 bytes.
 //
@@ -120,3 +125,17 @@ DUCK_API std::uint8_t duck_message_check(const void* place, const void* want, st
 DUCK_API int duck_messages_get(const void* places, std::size_t stride, int count, const void* want,
                                std::size_t bytes, void* rows, std::size_t row_stride,
                                std::uint8_t* states);
+
+// Takes what belongs to one message from the front of a train of datagrams: a header and its payload
+// each, `size` bytes long but the last. Every fragment but a message's last has `payload` bytes.
+// `want` is the message's header (28 bytes: fragment and offset are 0), `missing` the bits of the
+// fragments that do not lie at `place` yet. Fragments are copied to where they belong, and once all
+// are there, the checksum is looked at if `check`.
+//
+// Returns GOOD (whole, and right if it was looked at), BAD (whole and wrong), NONE (not whole yet),
+// or OTHER: not of this message, or some of it is there already; nothing was copied. Writes the bits
+// of the fragments that were taken, and how many bytes of the train they were.
+DUCK_API std::uint8_t duck_train_take(const void* train, std::size_t bytes, std::size_t size,
+                                      std::size_t payload, const void* want, std::uint64_t missing,
+                                      int check, void* place, std::uint64_t* taken,
+                                      std::size_t* used);
