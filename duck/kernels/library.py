@@ -12,7 +12,6 @@ from ctypes import (
     c_int,
     c_size_t,
     c_ssize_t,
-    c_uint8,
     c_uint32,
     c_uint64,
     c_void_p,
@@ -29,6 +28,8 @@ OK, BAD_SHAPE, NO_MEMORY, NO_ISA, NOT_A_NUMBER, BAD_ID, TWICE, NOT_LOADED = rang
 """Status codes of duck.h."""
 MESSAGE_NONE, MESSAGE_GOOD, MESSAGE_BAD, MESSAGE_OTHER = range(4)
 """States of duck.h's messages."""
+EVENT_ENDED, EVENT_READABLE = 4, 5
+"""What else its events are."""
 SWIFT_BYTES = 1 << 16
 """What passes over at most so many bytes takes microseconds: see `swift`."""
 _SWIFT_SUMS = 1 << 15  # the same for sums of many rows
@@ -59,7 +60,6 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_atomic_add_u32": (c_uint32, [c_void_p, c_uint32]),
     "duck_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
     "duck_message_put": (None, [c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t]),
-    "duck_message_check": (c_uint8, [c_void_p, c_void_p, c_size_t]),
     "duck_messages_get": (
         c_int,
         [c_void_p, c_size_t, c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p],
@@ -67,9 +67,24 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_bf16_from_f32": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_f32_from_bf16": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_rows_sum": (c_int, [c_void_p, c_size_t, c_int, c_size_t, c_int, c_void_p]),
-    "duck_train_take": (
-        c_uint8,
-        [c_void_p, *[c_size_t] * 3, c_void_p, c_uint64, c_int, c_void_p, c_void_p, c_void_p],
+    "duck_inlets_receive": (c_int, [c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int]),
+    "duck_datagrams_receive": (
+        None,
+        [
+            c_int,
+            c_void_p,
+            c_size_t,
+            c_size_t,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_int,
+            c_void_p,
+        ],
     ),
 }
 
@@ -118,13 +133,6 @@ def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     library = swift() if size <= SWIFT_BYTES else native()
     value: int = library.duck_crc32c(crc, address_of(data), size)
     return value
-
-
-def check_message(address: int, nbytes: int, front: bytes) -> int:
-    """The state of a message of so many bytes in all; `front`: its header up to the checksum."""
-    library = swift() if nbytes <= SWIFT_BYTES else native()
-    state: int = library.duck_message_check(address, front, nbytes - 32)
-    return state
 
 
 def address_of(data: bytes | bytearray | memoryview) -> Any:

@@ -59,16 +59,14 @@ class Rows:
     def __init__(self, ducks: int, shape: wire.Shape, capacity: int, number: int = 0) -> None:
         self._shape = shape
         self.capacity, self.number = capacity, number
-        # With room for what may be received behind an answer (link.SPARE_BYTES).
-        size = (shape.answer_bytes(capacity) // _ALIGN + 1) * _ALIGN
+        size = -(-shape.answer_bytes(capacity) // _ALIGN) * _ALIGN
         raw = np.zeros(ducks * (size + _ALIGN) + _ALIGN, np.uint8)
         start = -raw.ctypes.data % _ALIGN
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
         first = _ALIGN - wire.STAMP_BYTES
         self.landing = tuple(row.data[first:] for row in self._memory)
-        # The same with room for a frame's header before it, which may then come in one stretch.
-        self.framed = tuple(row.data[first - wire.HEADER_BYTES :] for row in self._memory)
-        # The same for native code: where the first landing place is, and how far apart they are.
+        # For native code: where the first landing place is, and how far apart they are. Before each
+        # there is room for a frame's header, which may then come in the same stretch.
         self.address: int = self._memory.ctypes.data + first
         self.stride: int = self._memory.strides[0]
         self.in_use = False
@@ -183,7 +181,6 @@ class Ask:
         "deadline",
         "done_at",
         "fragments",
-        "front",
         "gather",
         "layer",
         "rows",
@@ -201,7 +198,6 @@ class Ask:
         self.answer_bytes = wire.STAMP_BYTES + table.plan.shape.answer_bytes(count)
         self.fragments = -(-self.answer_bytes // wire.FRAME_LIMIT)
         self.gather = Gather(table.plan.ducks, self.fragments)
-        self.front = b""  # for planes: what the headers of its answers begin with
         self.sent_at = time.perf_counter()
         self.arrived_at = [0.0] * table.plan.ducks  # when each duck's answer was whole
         self.done_at = 0.0

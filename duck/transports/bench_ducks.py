@@ -16,23 +16,28 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from duck import wire
+from duck.errors import WireError
 from duck.kernels import library
 from duck.placement import Plan
+from duck.reliable import Cut
 from duck.transports.base import Loading
+from duck.transports.datagrams import Address, UdpSocket, train_size
 from duck.transports.link import Link, data_frames
 from duck.transports.listen import DuckPlane, HostSession, ListeningDuck
-from duck.transports.multicast import MulticastDuckPlane, MulticastFeed
+from duck.transports.multicast import MulticastDuckPlane, MulticastFeed, Where
 from duck.transports.shm import ShmDuckPlane, ShmFeed
 from duck.transports.tcp import TcpDuckPlane, TcpFeed
 
 STAMPS = wire.pack_stamps(0.0, 0.0)
 DTYPE = "bfloat16"
+_TICKET, _CRC = struct.Struct("<IH"), struct.Struct("<I")
 SHAPE = struct.Struct("<III")  # what the yardstick is told first: hidden, top_k, max_rows
 
 
@@ -122,7 +127,73 @@ class _EchoTcp(TcpDuckPlane):
 class _EchoMulticast(MulticastDuckPlane):
     def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
         session.ask = _Echo(session)  # type: ignore[method-assign]
-        return super().open(session, offer)
+        return _EchoMulticastFeed(session, self._tcp.open(session, offer), Where.of(session, offer))
+
+
+class _EchoMulticastFeed(MulticastFeed):
+    """Answers asks that come in one piece in a thread; all else goes the usual way."""
+
+    _echo: threading.Thread | None = None
+
+    def _ping(self, head: wire.Header, payload: bytes) -> None:
+        super()._ping(head, payload)
+        if self._half and not self._echo:
+            self._echo = threading.Thread(target=self._serve, args=self._sockets, daemon=True)
+            self._loop.remove_reader(self._sockets[1].socket)
+            self._echo.start()
+
+    def _serve(self, answers: UdpSocket, asks: UdpSocket) -> None:
+        sums, cut, session = _Sums(self._session.plan.shape), self._cut, self._session
+        own = asks.socket.dup()
+        own.setblocking(True)
+        buffer = memoryview(bytearray(1 << 16))
+        trains: dict[int, _Train] = {}
+        with own, contextlib.suppress(OSError, RuntimeError):  # the session has ended
+            while True:
+                count, control, _, sender = own.recvmsg_into([buffer], 64)
+                header = wire.unpack_header(buffer)
+                nbytes = header.message_bytes
+                whole = nbytes + cut.fragments(nbytes) * wire.HEADER_BYTES
+                if header.kind != wire.Kind.ASK or header.session != session.id or count != whole:
+                    came, size = bytearray(buffer[:count]), train_size(control, count)
+                    self._loop.call_soon_threadsafe(self._otherwise, came, size, sender)
+                    continue
+                train = trains.get(nbytes)
+                if train is None:
+                    message = sums.message(nbytes)
+                    train = trains[nbytes] = _Train(session, message, cut, self.checksum)
+                answers.send(
+                    memoryview(train.of(header.ticket, header.layer)),
+                    cut.datagram_bytes,
+                    self._where.host,
+                )
+
+    def _otherwise(self, train: bytearray, size: int, sender: Address) -> None:
+        if self._sockets and sender == self._where.host:
+            with contextlib.suppress(WireError):
+                self._received(memoryview(train), size, time.perf_counter())
+
+
+class _Train:
+    """An answer's datagrams, for one ask after another."""
+
+    def __init__(
+        self, session: HostSession, message: bytes, cut: Cut, checksum: wire.Checksum
+    ) -> None:
+        kind, size = wire.Kind.ANSWER, cut.payload_bytes
+        self._train = bytearray(
+            wire.datagrams(kind, session.id, 0, 0, session.duck, message, size, checksum)
+        )
+        self._message, self._size, self._checksum = message, cut.datagram_bytes, checksum
+
+    def of(self, ticket: int, layer: int) -> bytearray:
+        train = self._train
+        _TICKET.pack_into(train, 8, ticket, layer)
+        crc = self._checksum(self._message, self._checksum(bytes(train[:28]), 0))
+        for start in range(0, len(train), self._size):
+            _TICKET.pack_into(train, start + 8, ticket, layer)
+            _CRC.pack_into(train, start + 28, crc)
+        return train
 
 
 def _planes() -> list[DuckPlane]:

@@ -7,7 +7,6 @@ once.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import ipaddress
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ import numpy as np
 
 from duck import wire
 from duck.errors import WireError
-from duck.kernels import library
 from duck.reliable import Cut, Run
 from duck.seal import Opener, Sealer
 from duck.transports.datagrams import buffer_bytes
@@ -95,35 +93,6 @@ def lay(data: memoryview, size: int, place: memoryview, run: Run) -> None:
         np.ndarray((full, payload), np.uint8, place, at)[...] = rows
         at += full * payload
     place[at : at + run.size - full * payload] = data[full * size + head :]
-
-
-class Taker:
-    """Takes whole or partial messages from trains in one native call, when it knows what to expect.
-
-    What it does not take goes the long way: `runs`, `Cut.check` and `lay`.
-    """
-
-    def __init__(self) -> None:
-        self._take = library.swift().duck_train_take
-        self._bits, self._used = ctypes.c_uint64(), ctypes.c_size_t()
-        self._places = ctypes.byref(self._bits), ctypes.byref(self._used)
-
-    def take(
-        self, train: memoryview, size: int, payload: int, want: bytes, missing: int,
-        check: bool,
-        place: int,
-    ) -> tuple[int, int, int]:  # fmt: skip
-        """The message's state (`library.MESSAGE_*`), the fragments taken as bits, bytes used.
-
-        train: each datagram is `size` bytes long but the last; writable. payload: of fragments but
-        the last. want: 28 bytes of the header of the message's first fragment. missing: fragments
-        that do not lie at the address `place` yet, as bits. check: its checksum is CRC-32C.
-        """
-        state = self._take(
-            ctypes.addressof(ctypes.c_char.from_buffer(train)), len(train), size, payload, want,
-            missing, check, place, *self._places,
-        )  # fmt: skip
-        return state, self._bits.value, self._used.value
 
 
 def parts(train: bytes, size: int, fragments: int) -> Iterator[memoryview]:

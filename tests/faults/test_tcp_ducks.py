@@ -29,7 +29,7 @@ IDS = np.zeros((1, 2), np.int32)
 
 @pytest.fixture(autouse=True, params=["crc32", "crc32c"])
 def _checksum(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frames are received by the long way with one, and looked ahead to with the other."""
+    """Frames are received by the long way with one, and natively with the other."""
     monkeypatch.setattr(library, "is_loaded", lambda: request.param == "crc32c")
 
 

@@ -1,7 +1,5 @@
-// Messages as transports carry them, a header of 32 bytes and the body: in memory that several
-// processes share, in one stretch as a stream brings them, and cut into datagrams.
+// Messages in memory that several processes share: a header of 32 bytes, then the body.
 //
-// In shared memory:
 // The last four bytes of the header are the CRC-32C of the 28 before them and of the body. The
 // ticket, at offset 8, is written last and read first. A reader copies the body into memory of its
 // own and believes the copy only when its checksum is right: whatever the writer, or anybody else
@@ -14,7 +12,6 @@
 namespace {
 
 constexpr std::size_t kHeader = 32, kCrc = 28, kTicket = 8, kSource = 14;
-constexpr std::size_t kFragment = 16, kFragments = 18, kBytes = 20, kOffset = 24;
 // So much is copied before it is summed: it is in the nearest cache then.
 constexpr std::size_t kBlock = 15 * 1024;
 
@@ -55,13 +52,6 @@ void duck_message_put(void* place, const void* header, const void* first, std::s
   __atomic_store_n(ticket, field(head, kTicket), __ATOMIC_SEQ_CST);
 }
 
-std::uint8_t duck_message_check(const void* place, const void* want, std::size_t bytes) {
-  const auto* at = static_cast<const std::uint8_t*>(place);
-  if (std::memcmp(at, want, kCrc) != 0) return DUCK_MESSAGE_OTHER;
-  const std::uint32_t crc = duck_crc32c(duck_crc32c(0, at, kCrc), at + kHeader, bytes);
-  return crc == field(at, kCrc) ? DUCK_MESSAGE_GOOD : DUCK_MESSAGE_BAD;
-}
-
 int duck_messages_get(const void* places, std::size_t stride, int count, const void* want,
                       std::size_t bytes, void* rows, std::size_t row_stride, std::uint8_t* states) {
   std::uint8_t expected[kHeader];
@@ -91,49 +81,4 @@ int duck_messages_get(const void* places, std::size_t stride, int count, const v
     states[index] = crc == field(head, kCrc) ? DUCK_MESSAGE_GOOD : DUCK_MESSAGE_BAD;
   }
   return known;
-}
-
-std::uint8_t duck_train_take(const void* train, std::size_t bytes, std::size_t size,
-                             std::size_t payload, const void* want, std::uint64_t missing, int check,
-                             void* place, std::uint64_t* taken, std::size_t* used) {
-  const auto* from = static_cast<const std::uint8_t*>(train);
-  const auto* head = static_cast<const std::uint8_t*>(want);
-  auto* to = static_cast<std::uint8_t*>(place);
-  std::uint16_t fragments, first;
-  std::memcpy(&fragments, head + kFragments, sizeof fragments);
-  const std::size_t message = field(head, kBytes);
-  if (bytes < kHeader || fragments < 1 || fragments > 64) return DUCK_MESSAGE_OTHER;
-  std::memcpy(&first, from + kFragment, sizeof first);
-  const std::uint32_t crc = field(from, kCrc);
-  std::uint64_t bits = 0;
-  std::size_t end = 0;
-  for (std::size_t index = first; index < fragments && end < bytes; ++index) {
-    const std::uint8_t* datagram = from + end;
-    const std::size_t length = std::min(size, bytes - end);
-    const std::size_t offset = index * payload;
-    if (length < kHeader || offset >= message) break;
-    const auto number = static_cast<std::uint16_t>(index);
-    if (std::memcmp(datagram, head, kFragment) != 0 ||
-        std::memcmp(datagram + kFragment, &number, sizeof number) != 0 ||
-        std::memcmp(datagram + kFragments, head + kFragments, kOffset - kFragments) != 0 ||
-        field(datagram, kOffset) != offset || field(datagram, kCrc) != crc ||
-        length - kHeader != std::min(payload, message - offset))
-      break;
-    bits |= std::uint64_t{1} << index;
-    end += length;
-  }
-  if (!bits || bits & ~missing) return DUCK_MESSAGE_OTHER;
-  std::size_t at = 0;
-  for (std::size_t offset = first * payload; at < end; offset += payload) {
-    const std::size_t length = std::min(size, end - at);
-    std::memcpy(to + offset, from + at + kHeader, length - kHeader);
-    at += length;
-  }
-  *taken = bits;
-  *used = end;
-  if (bits != missing) return DUCK_MESSAGE_NONE;
-  if (!check) return DUCK_MESSAGE_GOOD;
-  // The checksum is of the whole message, under the header of its first fragment.
-  return duck_crc32c(duck_crc32c(0, head, kCrc), to, message) == crc ? DUCK_MESSAGE_GOOD
-                                                                     : DUCK_MESSAGE_BAD;
 }
