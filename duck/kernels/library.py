@@ -147,12 +147,12 @@ def address_of(data: bytes | bytearray | memoryview) -> Any:
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
-def atomic_add_u32(memory: npt.NDArray[np.uint32], value: int) -> int:
-    """Add to memory[0], in one step for all processes that share it; returns what was there."""
-    assert memory.dtype == np.uint32
-    assert memory.flags.writeable
-    assert memory.ctypes.data % 4 == 0
-    before: int = swift().duck_atomic_add_u32(memory.ctypes.data, value & 0xFFFFFFFF)
+def atomic_add_u32(address: int, value: int) -> int:
+    """Add to a word, in one step for all processes that share it; returns what was there.
+
+    address: a multiple of 4; value: modulo 2^32.
+    """
+    before: int = swift().duck_atomic_add_u32(address, value & 0xFFFFFFFF)
     return before
 
 

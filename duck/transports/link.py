@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # certificates are slow to import, and only needed with a key
     from duck.transports.tls import Tls
 
 _CONTROL_BUFFER = 1 << 16
-_SPOILED = "a data frame failed its checksum"
+SPOILED = "a data frame failed its checksum"
 _MAX_UNREAD = 64  # control messages a peer may send ahead of us
 # A peer whose machine is gone says nothing, not even goodbye: the system asks after this many
 # seconds, again and again, and then ends the connection. A stopped process still counts as alive.
@@ -325,13 +325,13 @@ class Link(asyncio.BufferedProtocol):
         elif wire.check_crc(self._head, place[: self._size], self._checksum):
             frames.arrived(header)
         else:
-            raise WireError(_SPOILED)
+            raise WireError(SPOILED)
         self._header, self._have = None, 0
 
-    def spoiled(self) -> None:
-        """A frame that somebody else has received failed its checksum."""
-        self.error = WireError(_SPOILED)
-        self.abort(_SPOILED)
+    def blame(self, error: WireError) -> None:
+        """End the connection for a frame that somebody else has received."""
+        self.error = error
+        self.abort(str(error))
 
     def abort(self, reason: str) -> None:
         """Close at once, for this reason."""

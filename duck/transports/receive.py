@@ -107,7 +107,8 @@ class OpenAsks:
         message_bytes: of each answer, as its header says. place: the address of duck 0's, the
         others' are a stride apart.
         """
-        if len(self._waiting) >= _MOST_ASKS or fragments > MOST_FRAGMENTS:
+        full = len(self._waiting) >= _MOST_ASKS
+        if full or fragments > MOST_FRAGMENTS or ask.ticket in self._waiting:
             return
         front = wire.HEADER.pack(
             wire.MAGIC, wire.VERSION, wire.Kind.ANSWER, self._session, ask.ticket, ask.layer, 0,

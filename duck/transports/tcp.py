@@ -26,7 +26,7 @@ from duck.seal import TAG_BYTES, Opener, Sealer
 from duck.transports import receive
 from duck.transports.base import SMALL_ROWS, Ask, AskTable
 from duck.transports.control import FlockTransport, Welcome
-from duck.transports.link import Link, data_frames, frame_bytes
+from duck.transports.link import SPOILED, Link, data_frames, frame_bytes
 from duck.transports.listen import HostSession
 from duck.transports.receive import Arriving
 from duck.transports.sealed import sealed_frames
@@ -82,7 +82,8 @@ class TcpPlane:
         opener = None
         if flock.keys:
             opener = Opener(flock.keys.to_host(self.name, duck, welcome.nonce))
-        link.carry_data(_Answers(flock.asks, duck, flock.session), opener, self.checksum)
+        answers = _Answers(flock.asks, duck, flock.session, self._collector)
+        link.carry_data(answers, opener, self.checksum)
         self._links[duck] = link
         flock.watch(link, duck)
         if self._collector:
@@ -177,12 +178,14 @@ class Collector:
             if event.what == library.MESSAGE_GOOD:
                 waiting = self._open.get(event.ticket)
                 assert waiting
-                if self._openers and not self._opened(event.duck, waiting):
-                    link.abort("a data frame is not authentic")
-                    continue
-                asks.arrived_whole(waiting.ask, (event.duck,))
+                try:
+                    self._open_sealed(event.duck, waiting)
+                except WireError as error:
+                    link.blame(error)
+                else:
+                    asks.arrived_whole(waiting.ask, (event.duck,))
             elif event.what == library.MESSAGE_BAD:
-                link.spoiled()
+                link.blame(WireError(SPOILED))
             elif event.what == library.MESSAGE_OTHER:
                 self._leave(event.duck, link)
             elif event.what == library.EVENT_READABLE:
@@ -193,21 +196,28 @@ class Collector:
             else:
                 link.abort("connection closed")
 
-    def _opened(self, duck: int, waiting: receive.Waiting) -> bool:
-        """Open a sealed answer into its row."""
+    def _open_sealed(self, duck: int, waiting: receive.Waiting) -> None:
+        """Open an answer into its row, if it is sealed.
+
+        Raises:
+            WireError: it is not authentic.
+        """
+        if not self._openers:
+            return
         sealed = self._arriving.of(waiting.ask.ticket, duck)
         stop = wire.HEADER_BYTES + waiting.ask.answer_bytes
         head, body = sealed[: wire.HEADER_BYTES], sealed[wire.HEADER_BYTES : stop + TAG_BYTES]
-        try:
-            self._openers[duck].open_into(head, body, waiting.ask.rows.landing[duck])
-        except WireError:
-            return False
-        return True
+        self._openers[duck].open_into(head, body, waiting.ask.rows.landing[duck])
 
     def _leave(self, duck: int, link: Link) -> None:
         """What has begun to come is the connection's own business."""
         link.feed(self._inlets.begun(duck))
         self._inlets.turn(duck, link.between_frames)
+
+    def has_come(self, duck: int, ask: Ask) -> None:
+        """An answer went the long way: its row must not be written to any more."""
+        if waiting := self._open.get(ask.ticket):
+            waiting.missing[duck] = 0
 
     def _forget(self, ticket: int) -> None:
         """An ask is over; its rows must not be written to."""
@@ -228,8 +238,11 @@ class Collector:
 class _Answers:
     """What one duck may send on its data connection, and where it lands."""
 
-    def __init__(self, asks: AskTable, duck: int, session: int) -> None:
+    def __init__(
+        self, asks: AskTable, duck: int, session: int, collector: Collector | None
+    ) -> None:
         self._asks, self._duck, self._session = asks, duck, session
+        self._collector = collector
         self._limit = wire.STAMP_BYTES + asks.plan.shape.answer_bytes(asks.plan.shape.max_rows)
         self._text = memoryview(bytearray(_TEXT_BYTES))
 
@@ -263,6 +276,8 @@ class _Answers:
             text = bytes(self._text[: header.message_bytes]).decode("utf-8", "replace")
             raise WireError(f"the duck could not answer: {wire.plain(text)}")
         ask = self._asks.open_asks[header.ticket]
+        if self._collector:
+            self._collector.has_come(self._duck, ask)
         self._asks.arrived(ask, self._duck, header.fragment, header.fragments)
 
 
