@@ -39,7 +39,7 @@ _LEAST_BLOCKS = 2  # of columns in a split; with fewer, partial sums would be mo
 _HELD = 8192  # partial sums that a program of the second kernel loads at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "scale_stride", "blocks_per_split"])
 def _multiply(
     x,
     codes,
@@ -106,7 +106,7 @@ def _multiply(
     tl.store(out + place, total, mask=in_n[:, None] & in_rows[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def _add_splits(partials, out, splits, rows, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Add (splits, rows, n) up. Grid: (tiles of n, rows)."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -115,7 +115,7 @@ def _add_splits(partials, out, splits, rows, n, SPLITS: tl.constexpr, BLOCK: tl.
     tl.store(out + row * n + column, rounded(total, out.dtype.element_ty), mask=column < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def _gate(partials, out, splits, rows, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """silu(gate) * up from (splits, rows, 2 n): gate's columns come first. Grid: as above."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -182,7 +182,9 @@ def _finish(kernel: Any, partials: Tensor, out: Tensor) -> None:
     block = max(64, min(256, _HELD // held))
     if rows:
         grid = (triton.cdiv(n, block), rows)
-        kernel[grid](partials, out, splits, rows, n, SPLITS=held, BLOCK=block)
+        kernel[grid](
+            partials, out, splits, rows, n, SPLITS=held, BLOCK=block, enable_fp_fusion=False
+        )
 
 
 def _partials(x: Tensor, weight: Fp8Matrix) -> Tensor:
@@ -195,7 +197,7 @@ def _partials(x: Tensor, weight: Fp8Matrix) -> Tensor:
     assert n * k < 2**31
     block_k = math.gcd(column_edge, 128)
     few = rows <= FEW
-    block_t, block_n, warps = (FEW, 64, 4) if few else (64, 128, 8)
+    block_t, block_n, warps, stages = (FEW, 64, 4, 4) if few else (64, 128, 8, 3)
     blocks, tiles = triton.cdiv(k, block_k), triton.cdiv(n, block_n)
     row_tiles = triton.cdiv(rows, block_t)
     splits = max(1, min(_PROGRAMS // (tiles * max(1, row_tiles)), blocks // _LEAST_BLOCKS))
@@ -223,6 +225,7 @@ def _partials(x: Tensor, weight: Fp8Matrix) -> Tensor:
             WHOLE_K=k % block_k == 0,
             DOT=dot_dtype(x),
             num_warps=warps,
-            num_stages=4,
+            num_stages=stages,
+            enable_fp_fusion=False,
         )
     return out
