@@ -1,0 +1,41 @@
+"""Every kernel compiles for the GPUs it is meant for, though none is here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# What a block may take of a processor's shared memory, less what the system keeps.
+SHARED_KIB = {90: 227, 120: 99}  # H100 and H200, RTX 5090
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_kernels_compile_and_fit(capability: int, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.kernels.compiled", str(capability)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {kernel["kernel"] for kernel in found}
+    assert {"_multiply", "_append", "_choose", "_combine", "_rms_norm", "_rotate"} <= names
+    for kernel in found:
+        assert kernel["cubin_bytes"] > 0
+        assert kernel["shared_bytes"] <= SHARED_KIB[capability] * 1024, kernel
