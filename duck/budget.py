@@ -64,6 +64,7 @@ def plan_memory(
     kv: str = "auto",
     indexer: str = "auto",
     max_len: int | None = None,
+    fp8_kept: bool = False,
 ) -> Budget:
     """Fit weights and one session into `free_bytes`; None means that nobody knows.
 
@@ -75,7 +76,9 @@ def plan_memory(
     """
 
     def budget(length: int | None, kv: str = kv) -> Budget:
-        holding = Holding.choose(config, dtype=dtype, kv=kv, indexer=indexer, max_len=length)
+        holding = Holding.choose(
+            config, dtype=dtype, kv=kv, indexer=indexer, max_len=length, fp8_kept=fp8_kept
+        )
         weights = footprint(config, holding, device=device).resident_bytes
         session = holding.token_nbytes(config) * holding.max_len
         free = None

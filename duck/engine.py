@@ -27,6 +27,7 @@ from duck.device import Device, limit_threads, switching_fast
 from duck.errors import ConfigError
 from duck.flock import Flock
 from duck.kernels import library
+from duck.kernels.device import pick
 from duck.keys import ClusterKey
 from duck.local import LocalDucks, threads_each
 from duck.meter import Meter, Totals, overlap_efficiency
@@ -400,6 +401,7 @@ def _budget(config: ModelConfig, device: Device, options: Options, ducks_bytes: 
         kv=options.kv,
         indexer=options.indexer,
         max_len=options.max_len,
+        fp8_kept=pick(device.torch).fp8,
     )
 
 

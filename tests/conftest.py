@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import pytest
 import structlog
 from hypothesis import settings
+
+# Kernels run in Triton's interpreter, on any machine; read when their modules are imported.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # The machine may be busy: an example that is slow once says nothing.
 settings.register_profile("duck", deadline=None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from duck.kernels.reference import WRITTEN_OUT
@@ -19,7 +18,6 @@ from duck.kernels.reference.device import (
     attend_absorbed,
     attend_naive,
     attend_selected,
-    rotate,
 )
 from duck.model.cache import KVCache
 from duck.model.config import ModelConfig
@@ -53,10 +51,11 @@ class Attention:
             self._q_a = loader.matrix(f"{name}.q_a_proj")
             self._q_norm = Norm(loader, f"{name}.q_a_layernorm", _LATENT_EPS)
             self._q_proj = loader.matrix(f"{name}.q_b_proj")
+        self._kernels = loader.kernels
         self._kv_a = loader.matrix(f"{name}.kv_a_proj_with_mqa")
         self._kv_norm = Norm(loader, f"{name}.kv_a_layernorm", _LATENT_EPS)
         # Per head: first the rows that make its key, then the rows that make its value.
-        per_head = loader.matrix(f"{name}.kv_b_proj").view(self._heads, -1, self._rank)
+        per_head = loader.plain(f"{name}.kv_b_proj").view(self._heads, -1, self._rank)
         self._wk = per_head[:, : self._nope].contiguous()
         self._wv = per_head[:, self._nope :].contiguous()
         self.o_proj = loader.matrix(f"{name}.o_proj")
@@ -78,10 +77,15 @@ class Attention:
         the input of o_proj.
         """
         rows = x.shape[0]
-        latent = F.linear(x, self._kv_a)
-        c = self._kv_norm(latent[:, : self._rank])
-        k_pe = rotate(latent[:, self._rank :], *self._rope.at(position, rows))
-        cache.latents.write(self._layer, position, torch.cat((c, k_pe), dim=-1))
+        turns = self._rope.upto(position + rows)
+        self._kernels.append_latents(
+            self._kernels.linear(x, self._kv_a),
+            self._kv_norm.weight,
+            self._kv_norm.eps,
+            *turns,
+            cache.latents.held(self._layer, position, rows),
+            _on(x, position),
+        )
         if self._indexer is not None:
             cache.keys.write(self._layer, position, self._indexer.keys(x, position))
 
@@ -89,10 +93,10 @@ class Attention:
             return x.new_empty(0, self.o_proj.shape[1])
         first = position + rows - last
         x = x[rows - last :]
-        q_latent = x if self._q_norm is None else self._q_norm(F.linear(x, self._q_a))
-        q = F.linear(q_latent, self._q_proj).view(last, self._heads, -1)
-        cos, sin = self._rope.at(first, last)
-        q_pe = rotate(q[..., self._nope :], cos[:, None], sin[:, None])
+        linear = self._kernels.linear
+        q_latent = x if self._q_norm is None else self._q_norm(linear(x, self._q_a))
+        q = linear(q_latent, self._q_proj).view(last, self._heads, -1)
+        q_pe = self._kernels.rotate_at(q[..., self._nope :], *turns, _on(x, first))
         q_nope = q[..., : self._nope]
         if self._indexer is None:
             return self._dense(q_nope, q_pe, cache, first).flatten(1)
@@ -117,3 +121,8 @@ class Attention:
         absorb = few or len(seen) * self._spread > WRITTEN_OUT
         attend = attend_absorbed if absorb else attend_naive
         return attend(q_nope, q_pe, seen, self._wk, self._wv, self._scale, first)
+
+
+def _on(x: Tensor, position: int) -> Tensor:
+    """A position where x is: (1,) int32."""
+    return torch.full((1,), position, dtype=torch.int32, device=x.device)

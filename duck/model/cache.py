@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from duck.kernels.reference.device import dequantise_groups, quantise_groups
+from duck.kernels.reference import FP8_GROUP
+from duck.kernels.reference.device import dequantise_groups, pack_fp8
 from duck.model.config import ModelConfig
-from duck.model.holding import FP8_GROUP, Holding
+from duck.model.holding import Holding
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -66,11 +67,7 @@ class Fp8Rows:
         self.width = self._scales_end + 2 * plain
 
     def pack(self, rows: Tensor) -> Tensor:
-        codes, scales = quantise_groups(rows[..., : self._coded], FP8_GROUP)
-        parts = [codes.view(torch.uint8), scales.view(torch.uint8)]
-        if self._plain:
-            parts.append(rows[..., self._coded :].bfloat16().contiguous().view(torch.uint8))
-        return torch.cat(parts, dim=-1)
+        return pack_fp8(rows, self._coded)
 
     def unpack(self, held: Tensor) -> Tensor:
         codes = held[..., : self._coded].view(torch.float8_e4m3fn)
@@ -120,6 +117,12 @@ class LayerRows:
         stop = position + rows.shape[0]
         assert 0 <= position <= stop <= self.capacity, f"{position}..{stop} of {self.capacity}"
         self._layers[layer][position:stop] = self._form.pack(rows)
+
+    def held(self, layer: int, position: int, rows: int) -> Tensor:
+        """One layer's rows as they are held, with room for `rows` more at `position`."""
+        stop = position + rows
+        assert 0 <= position <= stop <= self.capacity, f"{position}..{stop} of {self.capacity}"
+        return self._layers[layer]
 
     def read(self, layer: int, stop: int) -> Tensor:
         """Rows 0 .. stop - 1 of one layer, (stop, numbers): rounded as they are held."""

@@ -21,13 +21,10 @@ class Footprint:
         return sum(category.resident_bytes for category in self.categories)
 
 
-def footprint(
-    config: ModelConfig, holding: Holding, *, device: str, fp8_kept: bool = False
-) -> Footprint:
+def footprint(config: ModelConfig, holding: Holding, *, device: str) -> Footprint:
     """Everything but the routed experts, as DeepSeek publishes it and as `holding` holds it.
 
-    device: cpu or cuda. fp8_kept: linears stay fp8 with their scales, but for kv_b_proj, whose
-    halves are folded into query and output; else they become holding.dtype.
+    device: cpu or cuda.
     """
     tally = Tally()
     for want in wanted(config, indexer=holding.indexer is not None, experts=False):
@@ -38,7 +35,7 @@ def footprint(
             held = "float32"
         elif want.name == "lm_head.weight":
             held = head_dtype(holding, device)
-        if fp8_kept and is_fp8 and ".kv_b_proj." not in want.name:
+        if holding.fp8_kept and is_fp8 and ".kv_b_proj." not in want.name:
             tally.add(want.kind, "fp8", "fp8", source, source)
         else:
             stored = "fp8" if is_fp8 else _plain(want)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from duck.errors import ConfigError
+from duck.kernels.reference import FP8_GROUP, FP8_STEP
 from duck.model.config import ModelConfig
-
-FP8_GROUP = 128
-"""Numbers that share one scale in the cache, as DeepSeek serves it."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _KV = {"bf16": "bfloat16", "fp8": "fp8"}  # the option's word -> ours
@@ -23,12 +22,15 @@ class Holding:
     kv: of cached latents: float32, bfloat16 or fp8.
     indexer: how its queries and keys are rounded: exact (not at all) or fp8. None: there is none,
         or max_len is within index_topk, where every row attends to all keys.
+    fp8_kept: linears stay fp8, with their scales, but for kv_b_proj, whose halves are folded into
+        query and output; else they become `dtype`.
     """
 
     max_len: int
     dtype: str
     kv: str
     indexer: str | None
+    fp8_kept: bool = False
 
     @classmethod
     def choose(
@@ -39,12 +41,14 @@ class Holding:
         kv: str = "auto",
         indexer: str = "auto",
         max_len: int | None = None,
+        fp8_kept: bool = False,
     ) -> Holding:
         """From the options as the command line has them.
 
         kv: auto (the model's dtype), bf16 or fp8. indexer: auto, exact or fp8. In float32 auto is
         exact: rounding to fp8 would turn the last bits in which a row alone and a row among others
-        differ into other keys. In bfloat16 it is fp8, as the model is served.
+        differ into other keys. In bfloat16 it is fp8, as the model is served. fp8_kept: if there
+        are fp8 matrices, whose blocks are of a size that the kernels know.
 
         Raises:
             ConfigError: max_len is not within the model's context.
@@ -53,7 +57,9 @@ class Holding:
         if indexer == "auto":
             indexer = "exact" if dtype == "float32" else "fp8"
         sparse = config.index_topk is not None and length > config.index_topk
-        return cls(length, dtype, _KV.get(kv, dtype), indexer if sparse else None)
+        block = config.weight_block_size
+        kept = fp8_kept and block is not None and math.gcd(block[1], 128) >= FP8_STEP
+        return cls(length, dtype, _KV.get(kv, dtype), indexer if sparse else None, kept)
 
     def latent_nbytes(self, config: ModelConfig) -> int:
         """Bytes of a token in one layer's cache of latents."""

@@ -46,6 +46,7 @@ class Indexer:
         self._rotate = rotate if config.indexer_rope_interleave else rotate_halves
         self._heads = config.index_n_heads
         self._scale = (config.index_n_heads * config.index_head_dim) ** -0.5
+        self._linear = loader.kernels.linear
         self._query = loader.matrix(f"{name}.wq_b")
         self._key = loader.matrix(f"{name}.wk")
         self._norm = loader.vector(f"{name}.k_norm.weight"), loader.vector(f"{name}.k_norm.bias")
@@ -57,7 +58,7 @@ class Indexer:
 
     def keys(self, x: Tensor, position: int) -> Tensor:
         """What the cache is to hold of rows x (T, hidden), normed: (T, index_head_dim) float32."""
-        key = layer_norm(F.linear(x, self._key), *self._norm, _NORM_EPS)
+        key = layer_norm(self._linear(x, self._key), *self._norm, _NORM_EPS)
         return self._turn(key, *self._rope.at(position, len(x)))
 
     def select(self, x: Tensor, q_latent: Tensor, keys: Tensor, position: int) -> Tensor:
@@ -68,7 +69,7 @@ class Indexer:
         index_head_dim) float32, as the cache holds them.
         """
         rows = len(x)
-        query = F.linear(q_latent, self._query).float().view(rows, self._heads, -1)
+        query = self._linear(q_latent, self._query).float().view(rows, self._heads, -1)
         cos, sin = self._rope.at(position, rows)
         query = self._turn(query, cos[:, None], sin[:, None])
         query = self._form.unpack(self._form.pack(query))

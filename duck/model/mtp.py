@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from duck.model.config import ModelConfig
@@ -37,13 +36,14 @@ class MtpModule:
         self._embed = embed
         self._enorm = Norm(loader, f"{name}.enorm", eps)
         self._hnorm = Norm(loader, f"{name}.hnorm", eps)
+        self._linear = loader.kernels.linear
         self._eh_proj = loader.matrix(f"{name}.eh_proj")
         self._norm = Norm(loader, f"{name}.shared_head.norm", eps)
 
     def combine(self, tokens: Sequence[int], h: Tensor) -> Tensor:
         """The layer's input (T, hidden), from final hiddens h and the tokens that follow them."""
         pair = torch.cat((self._enorm(self._embed(tokens)), self._hnorm(h)), dim=-1)
-        return F.linear(pair, self._eh_proj)
+        return self._linear(pair, self._eh_proj)
 
     def final(self, x: Tensor) -> Tensor:
         """The module's own last norm; then Transformer.logits."""

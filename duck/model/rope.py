@@ -86,6 +86,11 @@ class RopeTable:
             self._cos, self._sin = self._rows(max(stop, 2 * len(self._cos)))
         return self._cos[position:stop], self._sin[position:stop]
 
+    def upto(self, stop: int) -> tuple[Tensor, Tensor]:
+        """The same of all positions from 0 to `stop` - 1, and perhaps more."""
+        self.at(0, stop)
+        return self._cos, self._sin
+
     def _rows(self, count: int) -> tuple[Tensor, Tensor]:
         angles = torch.arange(count, dtype=torch.float64)[:, None] * self._frequencies
         cos, sin = angles.cos() * self._gain, angles.sin() * self._gain

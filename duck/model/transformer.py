@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from duck.kernels.reference.device import linear_f32
+from duck.kernels.device import Kernels, pick
 from duck.model.attention import Attention
 from duck.model.cache import DTYPES, KVCache
 from duck.model.config import ModelConfig
@@ -39,7 +39,7 @@ class DecoderLayer:
         rope: RopeTable,
     ) -> None:
         name, eps = f"model.layers.{index}", config.rms_norm_eps
-        self.index = index
+        self.index, self._kernels = index, loader.kernels
         self.is_moe = index in config.moe_layers
         self._input_norm = Norm(loader, f"{name}.input_layernorm", eps)
         self._attention = Attention(loader, config, holding, index, rope)
@@ -62,13 +62,14 @@ class DecoderLayer:
         """
         count = x.shape[0] if last is None else last
         out = self._attention(self._input_norm(x), cache, position, count)
-        return _add(x[x.shape[0] - count :], linear_f32(out, self._attention.o_proj))
+        change = self._kernels.linear_f32(out, self._attention.o_proj)
+        return self._add(x[x.shape[0] - count :], change)
 
     def dense(self, x: Tensor) -> Tensor:
         """Return x + MLP(norm(x)), of a layer without routed experts."""
         assert self._mlp is not None
         assert not self.is_moe
-        return _add(x, self._mlp(self._post_norm(x)))
+        return self._add(x, self._mlp(self._post_norm(x)))
 
     def route(self, x: Tensor) -> Routed:
         """The normed rows and the experts they go to."""
@@ -82,7 +83,11 @@ class DecoderLayer:
 
     def merge(self, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
         """Return x + (routed + shared), summed in float32 and rounded once."""
-        return _add(x, routed + shared)
+        return self._kernels.combine(x, routed[None], shared)
+
+    def _add(self, x: Tensor, change: Tensor) -> Tensor:
+        """The residual sum: float32, rounded once to x's dtype."""
+        return self._kernels.combine(x, change[None], None)
 
 
 class Transformer:
@@ -90,7 +95,7 @@ class Transformer:
 
     def __init__(self, loader: Loader, config: ModelConfig, holding: Holding) -> None:
         self.config, self.holding = config, holding
-        self.device, self.dtype = loader.device, loader.dtype
+        self.device, self.dtype, self.kernels = loader.device, loader.dtype, loader.kernels
         self.tally = loader.tally  # what was loaded
         rope = RopeTable(config.rope, config.qk_rope_head_dim, loader.device)
         self._embedding = loader.embedding()
@@ -101,7 +106,7 @@ class Transformer:
         self._norm = Norm(loader, "model.norm", config.rms_norm_eps)
         head = head_dtype(holding, loader.device.type)
         if not config.tie_word_embeddings:
-            self._head = loader.matrix("lm_head", DTYPES[head])
+            self._head = loader.plain("lm_head", DTYPES[head])
         elif head == holding.dtype:
             self._head = self._embedding
         else:
@@ -120,11 +125,13 @@ class Transformer:
         holding: Holding,
         *,
         device: torch.device,
+        kernels: Kernels | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Transformer:
         """Everything but the routed experts, after `checkpoint.check`.
 
-        progress: called with (bytes read so far, bytes in all), scales left out.
+        kernels: None picks the device's. progress: called with (bytes read so far, bytes in all),
+        scales left out.
 
         Raises:
             WeightsError: a tensor is missing, misshaped or not numbers.
@@ -140,8 +147,14 @@ class Transformer:
             if progress is not None:
                 progress(done, total)
 
-        dtype = DTYPES[holding.dtype]
-        with Loader(checkpoint, device=device, dtype=dtype, progress=step) as loader:
+        with Loader(
+            checkpoint,
+            device=device,
+            dtype=DTYPES[holding.dtype],
+            kernels=pick(device) if kernels is None else kernels,
+            fp8_kept=holding.fp8_kept,
+            progress=step,
+        ) as loader:
             return cls(loader, config, holding)
 
     def new_cache(self, capacity: int) -> KVCache:
@@ -158,9 +171,4 @@ class Transformer:
 
     def logits(self, h: Tensor) -> Tensor:
         """(T, vocab) float32, of rows after `final`."""
-        return linear_f32(h, self._head)
-
-
-def _add(x: Tensor, change: Tensor) -> Tensor:
-    """The residual sum: float32, rounded once to x's dtype."""
-    return (x.float() + change).to(x.dtype)
+        return self.kernels.linear_f32(h, self._head)

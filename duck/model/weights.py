@@ -195,6 +195,18 @@ class Checkpoint:
         codes = self._codes(info, part)
         return fp8.dequantise(codes, scales, self.block, row=row, column=column)
 
+    def codes(self, name: str, rows: slice = _ALL) -> npt.NDArray[np.uint8]:
+        """Rows of an fp8 matrix as stored, none of them NaN; valid until this thread's next read.
+
+        Raises:
+            WeightsError: a code is NaN.
+        """
+        info = self.info(name)
+        assert info.dtype == "F8_E4M3"
+        start, stop, _ = rows.indices(info.shape[0])
+        scratch = self._scratch(max(0, stop - start) * info.nbytes // max(1, info.shape[0]))
+        return self._codes(info, self._rows(info, start, stop, scratch))
+
     def scale(self, name: str) -> Floats:
         """The block scales of an fp8 matrix, float32: (ceil(rows / block), ceil(columns / block)).
 

@@ -41,8 +41,8 @@ def rows(found: Footprint) -> dict[str, tuple[int, float, float]]:
 
 def test_v32_as_the_published_run_held_it(v32: ModelConfig) -> None:
     """Its load statistics at 2,048 tokens: no indexer, fp8 kept, kv_b_proj in bf16."""
-    holding = Holding.choose(v32, dtype="bfloat16", kv="fp8", max_len=2048)
-    found = rows(footprint(v32, holding, device="cuda", fp8_kept=True))
+    holding = Holding.choose(v32, dtype="bfloat16", kv="fp8", max_len=2048, fp8_kept=True)
+    found = rows(footprint(v32, holding, device="cuda"))
     kept, folded = found["linears, fp8 kept"], found["linears, fp8 -> bfloat16"]
     plain = found["linears, bfloat16 kept"]
     assert (kept[0], folded[0], plain[0]) == (434, 62, 2)
@@ -63,10 +63,10 @@ def test_v32_as_the_published_run_held_it(v32: ModelConfig) -> None:
 
 
 def test_v32_with_its_indexer(v32: ModelConfig) -> None:
-    holding = Holding.choose(v32, dtype="bfloat16", kv="fp8")
+    holding = Holding.choose(v32, dtype="bfloat16", kv="fp8", fp8_kept=True)
     assert (holding.max_len, holding.indexer) == (163840, "fp8")
     assert holding.key_nbytes(v32) == 132
-    found = rows(footprint(v32, holding, device="cuda", fp8_kept=True))
+    found = rows(footprint(v32, holding, device="cuda"))
     assert found["linears, fp8 kept"][0] == 434 + 2 * 62  # wq_b and wk
     # 8,192 x 1,536 and 128 x 7,168 a layer, and their scales.
     more = found["linears, fp8 kept"][2] - 13686.47

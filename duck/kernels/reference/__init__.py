@@ -1,7 +1,6 @@
 """The arithmetic in its plainest form, which faster kernels are compared with.
 
-Its two limits on what it holds for a moment are here, without torch, because memory is planned
-with them.
+Numbers that memory is planned with are here, without torch.
 """
 
 SCORES = 1 << 24
@@ -9,3 +8,9 @@ SCORES = 1 << 24
 
 WRITTEN_OUT = 1 << 27
 """Numbers of heads' keys and values written out at once (512 MiB of float32)."""
+
+FP8_STEP = 16
+"""Columns of an fp8 matrix that must share a scale, or it cannot be multiplied as it is."""
+
+FP8_GROUP = 128
+"""Numbers that share one scale in a cache, as DeepSeek serves it."""

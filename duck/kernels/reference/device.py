@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duck.kernels.reference import SCORES
+from duck.kernels.reference import FP8_GROUP, SCORES
 
 _E4M3_MAX = 448.0
 
@@ -26,24 +26,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * (wide * scale)).to(x.dtype)
 
 
+def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual sum x + change, and its rms_norm: both in x's dtype.
+
+    x: (T, hidden). change: (T, hidden) float32; the sum is float32, rounded once.
+    """
+    x = (x.float() + change).to(x.dtype)
+    return x, rms_norm(x, weight, eps)
+
+
+def combine(x: Tensor, partials: Tensor, shared: Tensor | None = None) -> Tensor:
+    """Return x + (partials[0] + partials[1] + ... + shared), in this order, in x's dtype.
+
+    x: (T, hidden). partials: (ducks, T, hidden) float32 or bfloat16. shared: (T, hidden) float32.
+    All sums are float32, rounded once.
+    """
+    total = partials[0].float()
+    for partial in partials[1:]:
+        total = total + partial
+    if shared is not None:
+        total = total + shared
+    return (x.float() + total).to(x.dtype)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The mean taken off, scaled to a variance of 1, then weight and bias: float32."""
     return F.layer_norm(x.float(), weight.shape, weight, bias, eps)
-
-
-def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x @ weight.T as float32, on a GPU without a rounding to bf16 in between."""
-    if weight.dtype == torch.float32:
-        return F.linear(x.float(), weight)
-    if x.is_cuda:
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
-    return F.linear(x, weight).float()
-
-
-def swiglu_f32(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate x) * up x). x: (rows, hidden). Returns (rows, hidden) float32."""
-    inner = F.silu(linear_f32(x, gate)) * linear_f32(x, up)
-    return linear_f32(inner.to(x.dtype), down)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,6 +62,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x[..., 0::2].float(), x[..., 1::2].float()
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_at(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
+    """`rotate` rows of heads x (T, heads, width), the first row at `position` (1,) int32.
+
+    cos, sin: (positions, width / 2) float32, of all positions from 0 on.
+    """
+    first = int(position)
+    last = first + x.shape[0]
+    return rotate(x, cos[first:last, None], sin[first:last, None])
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,6 +119,43 @@ def dequantise_groups(codes: Tensor, scales: Tensor, group: int) -> Tensor:
     """The numbers behind `quantise_groups`: float32, exact."""
     spread = scales.repeat_interleave(group, dim=-1)
     return codes.float() * spread[..., : codes.shape[-1]]
+
+
+def pack_fp8(rows: Tensor, coded: int) -> Tensor:
+    """Rows of numbers as the fp8 cache holds them: bytes.
+
+    The first `coded` numbers in e4m3, then a float32 scale for each 128 of them, then the rest of
+    the row in bf16. With 512 and 64 these are the 656 bytes that FlashMLA reads.
+    """
+    codes, scales = quantise_groups(rows[..., :coded], FP8_GROUP)
+    parts = [codes.view(torch.uint8), scales.view(torch.uint8)]
+    if coded < rows.shape[-1]:
+        parts.append(rows[..., coded:].bfloat16().contiguous().view(torch.uint8))
+    return torch.cat(parts, dim=-1)
+
+
+def append_latents(
+    kv: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    held: Tensor,
+    position: Tensor,
+) -> None:
+    """Norm, rotate and round rows of kv_a_proj_with_mqa and write them to a layer's cache.
+
+    kv: (T, r + dr), of which the first r are normed (`weight`: (r,) float32) and the last dr
+    rotated, and both rounded to kv's dtype. cos, sin: (positions, dr / 2) float32. held: (capacity,
+    r + dr) in a float dtype, or (capacity, bytes) uint8 as `pack_fp8` has it. position: (1,) int32,
+    where the first row goes; the rest follow it.
+    """
+    rank, first = weight.shape[0], int(position)
+    last = first + kv.shape[0]
+    c = rms_norm(kv[:, :rank], weight, eps)
+    k_pe = rotate(kv[:, rank:], cos[first:last], sin[first:last])
+    rows = torch.cat((c, k_pe), dim=-1)
+    held[first:last] = pack_fp8(rows, rank) if held.dtype == torch.uint8 else rows
 
 
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
