@@ -11,9 +11,9 @@ depends on that row's own position alone, and parts are added in one order: a ro
 neither on the rows beside it nor on the cache's capacity, nor on when it is computed.
 
 What bounds it: at 128 heads and a bf16 cache a key of 1,152 bytes costs 128 * 2 * (576 + 512)
-floating-point operations, 242 a byte: about where an H200's tensor cores and memory meet. Of fp8 it is
-425 a byte, and arithmetic is what takes time. At the 2,048 keys of sparse attention both are a few
-microseconds, and `_heads_linear`, which reads 16.8 MB of wk or wv, takes as long.
+floating-point operations, 242 a byte: about where an H200's tensor cores and memory meet. Of fp8 it
+is 425 a byte, and arithmetic is what takes time. At the 2,048 keys of sparse attention both are a
+few microseconds, and `_heads_linear`, which reads 16.8 MB of wk or wv, takes as long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duck.kernels.triton_shared import decode, dot, rounded
+from duck.kernels.common_triton import dot, rounded
+from duck.kernels.fp8_triton import decode
 
 MOST_ROWS = 8
 """Up to so many rows wk and wv are read once for all; more are a matrix product's business."""
@@ -59,14 +60,9 @@ def tiling(device: torch.device, rows: int, dtype: torch.dtype, held: torch.dtyp
         return Tiling(16, 16, parts, 8, 1)
     if held == torch.uint8:
         return Tiling(32, 32, parts, 8, 2)
-    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 << 10:
+    if torch.cuda.get_device_capability(device)[0] in (9, 10):  # data centre
         return Tiling(64, 32, parts, 8, 2)
     return Tiling(32, 16, parts, 8, 2)
-
-
-def supports(held: Tensor, rank: int, rope: int) -> bool:
-    """Whether rows of `held` can be read in place: fp8 ones hold wider numbers, which are aligned."""
-    return held.dtype != torch.uint8 or (rank % 4 == 0 and held.shape[1] % 4 == 0)
 
 
 def attend(
@@ -116,6 +112,7 @@ def attend_latents(
     tops = folded.new_empty(2, rows, heads, parts, dtype=torch.float32)
     fp8 = held.dtype == torch.uint8
     assert held.stride(1) == 1
+    assert not fp8 or (rank % 4 == 0 and held.shape[1] % 4 == 0)  # float32 scales lie aligned
     assert folded.is_contiguous()
     assert q_pe.stride(2) == 1
     if selected is not None:
@@ -132,14 +129,15 @@ def attend_latents(
         COUNT=count, RANK=rank, ROPE=rope, FP8=fp8, PARTS=parts,
         HEADS=tiles.heads, KEYS=tiles.keys,
         BLOCK_RANK=max(16, block_rank), BLOCK_ROPE=max(16, triton.next_power_of_2(rope)),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if parts > 1:
         width = min(128, block_rank)
         _combine[(triton.cdiv(rank, width), heads, rows)](
             sums, tops, position, out, heads, rows,
             COUNT=count, RANK=rank, PARTS=parts, KEYS=tiles.keys,
-            BLOCK_PARTS=triton.next_power_of_2(parts), WIDTH=width, num_warps=4,
+            BLOCK_PARTS=triton.next_power_of_2(parts), WIDTH=width,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -163,12 +161,12 @@ def heads_linear(x: Tensor, weight: Tensor) -> Tensor:
         x.stride(0), x.stride(1), x.stride(2),
         weight.stride(0), weight.stride(1), weight.stride(2),
         out.stride(0), out.stride(1),
-        OUTS=outs, WIDTH=block, num_warps=4,
+        OUTS=outs, WIDTH=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _heads_linear(
     x, weight, out, rows, size, width,
     x_row, x_head, x_item, w_head, w_out, w_item, out_row, out_head,
@@ -184,7 +182,7 @@ def _heads_linear(
     inside = (n < size)[:, None] & (k < width)[None, :]
     at = weight + head * w_head + n[:, None] * w_out + k[None, :] * w_item
     tile = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    for t in range(0, rows):
+    for t in range(rows):
         row = tl.load(x + t * x_row + head * x_head + k * x_item, mask=k < width, other=0.0)
         total = tl.sum(tile * row.to(tl.float32)[None, :], axis=1)
         place = out + t * out_row + head * out_head + n
@@ -235,7 +233,7 @@ def _read(
     return rounded(latent.to(tl.float32), dtype), rounded(shared.to(tl.float32), dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _attend_part(
     folded, q_pe, held, selected, position, out, sums, tops,
     scale, heads, rows, pe_row, pe_head, held_row, selected_row,
@@ -305,7 +303,7 @@ def _attend_part(
         tl.store(tops + rows * heads * PARTS + at, total, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _combine(
     sums, tops, position, out, heads, rows,
     COUNT: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,

@@ -7,17 +7,17 @@
 
 where turn rotates the first numbers and, for fp8, multiplies with Hadamard's matrix. Every launch
 is fixed by shapes and reads the rows' position on the device, so a captured CUDA graph may be
-replayed at any position of the cache; programs beyond what a row sees end at once, and rows that see
-no more than index_topk tokens select them all without a score.
+replayed at any position of the cache; programs beyond what a row sees end at once, and rows that
+see no more than index_topk tokens select them all without a score.
 
 The highest are found by their bits, eight at a time: floats as unsigned numbers of the same order,
-counted by digit in blocks, then those below the digit that holds the last one dropped. Four counts
-give the exact value of the last one; of equal scores the lower positions are taken. Counts of blocks are
-added in no order that matters: the set depends on the scores alone, and is the reference's.
+counted by digit in blocks, then again those that share the digit of the last one to be taken. Four
+counts give that one's value exactly; of equal scores the lower positions are taken. Whole numbers
+are counted, so the set depends on the scores alone, and is the reference's.
 
-What bounds it: scores read the keys once for up to ROWS rows (132 bytes a token as served, 8.6 MB at
-64k) and are bound by memory; the five launches of `largest` read 4 bytes a token each, and are bound by
-their launches and by the latency of one block of 4,096.
+What bounds it: scores read the keys once for up to _ROWS rows (132 bytes a token as served, 8.6 MB
+at 64k) and are bound by memory; the five launches of `largest` read 4 bytes a token each, and are
+bound by their launches and the latency of one block of 4,096.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from duck.kernels.common_triton import dot
+from duck.kernels.fp8_triton import decode, encode, group_scale, largest_size
 from duck.kernels.reference import SCORES
-from duck.kernels.triton_shared import decode, dot, encode, group_scale, largest_size
 
 _ROWS = 8
 """Rows that share one reading of the keys."""
@@ -36,11 +37,6 @@ _ROWS = 8
 _BINS = tl.constexpr(256)
 _LEVELS = 4  # digits of 8 bits
 _CHUNK = tl.constexpr(16)  # blocks whose counts are read at once
-
-
-def supports(width: int, held: Tensor) -> bool:
-    """Whether these kernels take index keys of `width` numbers, held so."""
-    return width <= 128 or held.dtype != torch.uint8  # one scale a key
 
 
 def append_keys(
@@ -68,7 +64,7 @@ def append_keys(
         projected, norm[0], norm[1], eps, cos, sin, position, held,
         projected.stride(0), held.stride(0), cos.stride(0),
         WIDTH=width, LOG=width.bit_length() - 1, HALF=cos.shape[1],
-        INTERLEAVED=interleaved, FP8=fp8, num_warps=1,
+        INTERLEAVED=interleaved, FP8=fp8, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -101,7 +97,7 @@ def queries(
         projected, x, proj, scale, cos, sin, position, query, weights, heads, x.shape[1],
         projected.stride(0), projected.stride(1), x.stride(0), proj.stride(0), cos.stride(0),
         WIDTH=width, LOG=width.bit_length() - 1, HALF=cos.shape[1],
-        INTERLEAVED=interleaved, FP8=fp8, CHUNK=1024, num_warps=4,
+        INTERLEAVED=interleaved, FP8=fp8, CHUNK=1024, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return query, weights
 
@@ -132,7 +128,7 @@ def scores(
         query, weights, held, position, out, count, first, rows, heads, capacity, held.stride(0),
         WIDTH=width, FP8=fp8, ROWS=_ROWS, KEYS=keys,
         HEADS=max(16, triton.next_power_of_2(heads)), BLOCK_WIDTH=max(16, width),
-        num_warps=4 if fp8 else 8, num_stages=1,
+        num_warps=4 if fp8 else 8, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -153,11 +149,11 @@ def largest(values: Tensor, position: Tensor, count: int, *, first: int = 0) -> 
     for level in range(_LEVELS):
         _count[(blocks, rows)](
             values, position, counts, state, first, rows, capacity, blocks,
-            COUNT=count, LEVEL=level, BLOCK=block, num_warps=8,
+            COUNT=count, LEVEL=level, BLOCK=block, num_warps=8, enable_fp_fusion=False,
         )  # fmt: skip
     _pick[(blocks, rows)](
         values, position, counts, state, selected, first, rows, capacity, blocks,
-        COUNT=count, BLOCK=block, num_warps=8,
+        COUNT=count, BLOCK=block, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return selected
 
@@ -192,16 +188,13 @@ def _hadamard(x, WIDTH: tl.constexpr, LOG: tl.constexpr):
 @triton.jit
 def _partner(j, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The other one of the pair that number j is turned with (itself: not turned)."""
-    if INTERLEAVED:
-        other = j ^ 1
-    else:
-        other = tl.where(j < HALF, j + HALF, j - HALF)
+    other = j ^ 1 if INTERLEAVED else tl.where(j < HALF, j + HALF, j - HALF)
     return tl.where(j < 2 * HALF, other, j)
 
 
 @triton.jit
 def _rotate(x, other, cos, sin, j, at, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """x turned by the angles of row `at` of the tables; numbers from 2 HALF on stay."""
+    """Numbers x turned by the angles of row `at` of the tables; numbers from 2 HALF on stay."""
     if INTERLEAVED:
         pair, sign = j // 2, tl.where(j % 2 == 0, -1.0, 1.0)
     else:
@@ -276,7 +269,7 @@ def _queries(
     tl.store(place, number.to(query.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "first", "rows"])
 def _scores(
     query, weights, held, position, out, count, first, rows, heads, capacity, held_stride,
     WIDTH: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -299,12 +292,10 @@ def _scores(
     whole = there[:, None] & (d < WIDTH)[None, :]
     place = held + index.to(tl.int64)[:, None] * held_stride
     if FP8:
-        dtype: tl.constexpr = tl.bfloat16
-        key = decode(tl.load(place + d[None, :], mask=whole, other=0)).to(dtype)
+        key = decode(tl.load(place + d[None, :], mask=whole, other=0)).to(tl.bfloat16)
         unit = (held + index.to(tl.int64) * held_stride + WIDTH).to(tl.pointer_type(tl.float32))
         units = tl.load(unit, mask=there, other=0.0)
     else:
-        dtype: tl.constexpr = tl.float32
         key = tl.load(place + d[None, :], mask=whole, other=0.0)
         units = tl.full([KEYS], 1.0, tl.float32)
     key = tl.trans(key)
@@ -312,7 +303,7 @@ def _scores(
         item = t * heads + h
         inside = (h < heads)[:, None] & (d < WIDTH)[None, :]
         q = tl.load(query + item[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
-        dots = dot(q.to(dtype), key, tl.zeros([HEADS, KEYS], tl.float32))
+        dots = dot(q, key, tl.zeros([HEADS, KEYS], tl.float32))
         weight = tl.load(weights + item, mask=h < heads, other=0.0)
         # Not tl.maximum, which would make a NaN 0.
         care = tl.where(dots < 0.0, 0.0, dots) * weight[:, None]
@@ -331,9 +322,9 @@ def _ordered(values):
 
 @triton.jit
 def _narrow(counts, blocks, prefix, need, SHIFT: tl.constexpr):
-    """The digit of the need-th largest among what has `prefix`: (longer prefix, what is needed of it).
+    """The digit of the need-th largest among what has `prefix`, and what is needed of its kind.
 
-    counts: (blocks, 256), of digits, in blocks of values.
+    counts: (blocks, 256), of digits, in blocks of values. Returns the prefix with the digit.
     """
     bins = tl.arange(0, _BINS)
     total = tl.zeros([_BINS], tl.int32)
@@ -361,7 +352,7 @@ def _after(counts, state, blocks_used, t, rows, blocks, need, LEVEL: tl.constexp
     return prefix, need
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows", "blocks"])
 def _count(
     values, position, counts, state, first, rows, capacity, blocks,
     COUNT: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
@@ -379,11 +370,10 @@ def _count(
         return
     used = tl.cdiv(length, BLOCK)
     prefix, need = _after(counts, state, used, t, rows, blocks, COUNT, LEVEL)
-    if LEVEL > 0:
-        if block == 0:
-            after = state + ((LEVEL - 1) * rows + t) * 2
-            tl.store(after, prefix.to(tl.int32, bitcast=True))
-            tl.store(after + 1, need)
+    if LEVEL > 0 and block == 0:
+        after = state + ((LEVEL - 1) * rows + t) * 2
+        tl.store(after, prefix.to(tl.int32, bitcast=True))
+        tl.store(after + 1, need)
     n = block * BLOCK + tl.arange(0, BLOCK)
     bits = _ordered(tl.load(values + t * capacity + n, mask=n < length, other=0.0))
     left = n < length
@@ -395,7 +385,7 @@ def _count(
     tl.store(place + tl.arange(0, _BINS), found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows", "blocks"])
 def _pick(
     values, position, counts, state, selected, first, rows, capacity, blocks,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,

@@ -128,10 +128,6 @@ class LayerRows:
         """Rows 0 .. stop - 1 of one layer, (stop, numbers): rounded as they are held."""
         return self._form.unpack(self._layers[layer][:stop])
 
-    def held(self, layer: int) -> Tensor:
-        """(capacity, width) of one layer as it lies in memory, for kernels that read it there."""
-        return self._layers[layer]
-
     def gather(self, layer: int, positions: Tensor) -> Tensor:
         """Rows at `positions`, any shape: (..., numbers)."""
         return self._form.unpack(self._layers[layer][positions])

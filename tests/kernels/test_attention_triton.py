@@ -59,7 +59,7 @@ def test_dense(kind: str, dtype: torch.dtype, rows: int, position: int, rank: in
     expected = attend_absorbed(
         q_nope, q_pe, store.read(0, position + rows), wk, wv, SCALE, position
     )
-    got = attend(q_nope, q_pe, store.held(0), wk, wv, SCALE, position_of(position))
+    got = attend(q_nope, q_pe, store.held(0, 0, 1), wk, wv, SCALE, position_of(position))
     assert got.dtype == dtype
     close(got, expected, 2e-6 if dtype == torch.float32 else 3e-2)
 
@@ -78,7 +78,9 @@ def test_selected(kind: str, rows: int, count: int) -> None:
     # Rows of a wider tensor, as a graph may have them.
     wide = torch.full((rows, count + 3), 89, dtype=torch.int32)
     wide[:, :count] = selected
-    got = attend(q_nope, q_pe, store.held(0), wk, wv, SCALE, position_of(position), wide[:, :count])
+    got = attend(
+        q_nope, q_pe, store.held(0, 0, 1), wk, wv, SCALE, position_of(position), wide[:, :count]
+    )
     close(got, expected, 2e-6)
 
 
@@ -88,12 +90,12 @@ def test_fewer_keys_than_are_selected(kind: str) -> None:
     q_nope, q_pe, wk, wv = operands(3, 24, torch.float32)
     store = store_of(kind, 24, torch.float32, 60)
     store.write(0, 0, random(60, 24 + ROPE, seed=3))
-    dense = attend(q_nope, q_pe, store.held(0), wk, wv, SCALE, position_of(38))
+    dense = attend(q_nope, q_pe, store.held(0, 0, 1), wk, wv, SCALE, position_of(38))
     for count in (41, 200):
         selected = torch.full((3, count), -1, dtype=torch.int32)
         for row in range(3):
             selected[row, : 39 + row] = torch.arange(39 + row)
-        got = attend(q_nope, q_pe, store.held(0), wk, wv, SCALE, position_of(38), selected)
+        got = attend(q_nope, q_pe, store.held(0, 0, 1), wk, wv, SCALE, position_of(38), selected)
         assert torch.equal(got, dense)
 
 
@@ -102,7 +104,7 @@ def test_a_row_s_bits_are_its_own() -> None:
     q_nope, q_pe, wk, wv = operands(3, 24, torch.float32)
     store = store_of("float32", 24, torch.float32, 100)
     store.write(0, 0, random(100, 24 + ROPE, seed=3))
-    held = store.held(0)
+    held = store.held(0, 0, 1)
     together = attend(q_nope, q_pe, held, wk, wv, SCALE, position_of(70))
     for row in range(3):
         part = slice(row, row + 1)
@@ -117,8 +119,8 @@ def test_other_tilings(tiles: Tiling) -> None:
     folded, q_pe = random(2, HEADS, 24), random(2, HEADS, ROPE, seed=1)
     store = store_of("fp8", 24, torch.float32, 90)
     store.write(0, 0, random(90, 24 + ROPE, seed=3))
-    got = attend_latents(folded, q_pe, store.held(0), SCALE, position_of(80), None, tiles)
-    expected = attend_latents(folded, q_pe, store.held(0), SCALE, position_of(80))
+    got = attend_latents(folded, q_pe, store.held(0, 0, 1), SCALE, position_of(80), None, tiles)
+    expected = attend_latents(folded, q_pe, store.held(0, 0, 1), SCALE, position_of(80))
     close(got, expected, 2e-6)
 
 
@@ -143,7 +145,7 @@ def test_what_is_not_finite_stands_where_the_reference_has_it(
     store.write(0, 0, rows)
     expected = attend_absorbed(q_nope, q_pe, store.read(0, 72), wk, wv, SCALE, 70)
     assert place == "beyond" or not expected.isfinite().all()
-    got = attend(q_nope, q_pe, store.held(0), wk, wv, SCALE, position_of(70))
+    got = attend(q_nope, q_pe, store.held(0, 0, 1), wk, wv, SCALE, position_of(70))
     close(got, expected, 2e-6)
 
 

@@ -65,7 +65,7 @@ def test_keys(fp8: bool, width: int, half: int, interleaved: bool) -> None:
     expected.write(0, position, turned(key, cos[part], sin[part], fp8=fp8, interleaved=interleaved))
     store = store_of(fp8, width, 12)
     indexer_triton.append_keys(
-        projected, (weight, bias), 1e-6, cos, sin, position_of(position), store.held(0),
+        projected, (weight, bias), 1e-6, cos, sin, position_of(position), store.held(0, 0, 1),
         interleaved=interleaved,
     )  # fmt: skip
     got, want = store.read(0, 12), expected.read(0, 12)
@@ -73,7 +73,7 @@ def test_keys(fp8: bool, width: int, half: int, interleaved: bool) -> None:
     assert (got[position + rows :] == 0).all()
     # A last bit of the norm may move a number to the next code, seldom.
     if fp8:
-        assert (store.held(0) != expected.held(0)).sum() <= 2
+        assert (store.held(0, 0, 1) != expected.held(0, 0, 1)).sum() <= 2
         assert ((got - want).abs() <= want.abs() / 7).all()
     else:
         close(got, want, 1e-6)
@@ -131,14 +131,17 @@ def test_scores(fp8: bool, rows: int, heads: int, width: int) -> None:
         query, weights_given, meant = codes_of(query, weights)
     else:
         weights_given = weights
-    got = indexer_triton.scores(query, weights_given, store.held(0), position_of(position))
+    got = indexer_triton.scores(query, weights_given, store.held(0, 0, 1), position_of(position))
     expected = index_scores(meant, weights, store.read(0, capacity))
     for t in range(rows):
         seen = position + t + 1
         close(got[t, :seen], expected[t, :seen], 2e-6)
         assert (got[t, seen : position + rows] == float("-inf")).all()
         alone = indexer_triton.scores(
-            query[t : t + 1], weights_given[t : t + 1], store.held(0), position_of(position + t)
+            query[t : t + 1],
+            weights_given[t : t + 1],
+            store.held(0, 0, 1),
+            position_of(position + t),
         )
         assert torch.equal(alone[0, :seen], got[t, :seen])
 
@@ -156,7 +159,7 @@ def test_scores_of_what_is_not_finite(fp8: bool, value: float) -> None:
     meant, given = query, weights
     if fp8:
         query, given, meant = codes_of(query, weights)
-    got = indexer_triton.scores(query, given, store.held(0), position_of(31))
+    got = indexer_triton.scores(query, given, store.held(0, 0, 1), position_of(31))
     expected = index_scores(meant, weights, store.read(0, 33)).nan_to_num(nan=-math.inf)
     expected[0, 32] = -math.inf
     assert torch.equal(got[:, 7], expected[:, 7])
@@ -213,6 +216,6 @@ def test_selection_is_the_reference_s(limit: int, monkeypatch: pytest.MonkeyPatc
     query, weights = random(rows, 3, 16), random(rows, 3, seed=1)
     store = held_keys(True, random(90, 16, seed=2), 90)
     codes, given, meant = codes_of(query, weights)
-    got = indexer_triton.select(codes, given, store.held(0), position_of(position), count)
+    got = indexer_triton.select(codes, given, store.held(0, 0, 1), position_of(position), count)
     expected = select_keys(meant, weights, store.read(0, 65), position, count)
     assert got.tolist() == expected.tolist()

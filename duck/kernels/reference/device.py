@@ -100,17 +100,18 @@ def quantise_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """e4m3 codes of the last axis, and one scale for each `group` numbers of it.
 
     A scale is the smallest power of two that brings the group's largest size to 448 or below; sizes
-    below 1e-4 count as that. Source: act_quant of DeepSeek-V3.2-Exp's inference code, with ue8m0.
+    below 1e-4 count as that; one NaN makes all of its group NaN. Source: act_quant of
+    DeepSeek-V3.2-Exp's inference code, with ue8m0.
 
     Returns (..., width) float8_e4m3fn and (..., ceil(width / group)) float32.
     """
     width = x.shape[-1]
     padded = F.pad(x.float(), (0, -width % group))
     grouped = padded.reshape(*x.shape[:-1], -1, group)
-    scales = grouped.abs().amax(dim=-1).clamp_min(1e-4) / _E4M3_MAX
+    least = grouped.abs().amax(dim=-1).clamp_min(1e-4) / _E4M3_MAX
     # Up to the next power of two on the bits; the logarithm of an exact one may come out above.
-    bits = (scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000
-    scales = bits.view(torch.float32)
+    bits = (least.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    scales = torch.where(least.isnan(), least, bits.view(torch.float32))
     codes = (grouped / scales[..., None]).to(torch.float8_e4m3fn)
     return codes.flatten(-2)[..., :width].contiguous(), scales
 

@@ -1,35 +1,20 @@
-"""What several Triton kernels share: products, e4m3 codes, and what the interpreter gets wrong.
-
-Under TRITON_INTERPRET=1 (set before this is imported) kernels run in numpy, which tests them
-without a GPU. The interpreter holds bfloat16 as bare 16-bit numbers and multiplies those in tl.dot,
-and reads the two NaN codes of e4m3 as +-480; `dot` and `decode` go round that, where the compiled
-kernel has nothing more to do. Other arithmetic in bfloat16 is for nobody: widen first.
-"""
+"""e4m3 codes and their scales, as kernels in Triton read and write them."""
 
 from __future__ import annotations
-
-import os
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+from duck.kernels import common_triton
 
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a @ b in float32; bfloat16 operands' products are exact, float32 ones are not cut."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+_INTERPRETED = tl.constexpr(common_triton.INTERPRETED)
 
 
 @triton.jit
 def decode(codes):
     """The float32 values of e4m3 codes (uint8)."""
     values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    if INTERPRETED:
+    if _INTERPRETED:  # it reads the two NaN codes as +-480 (as of Triton 3.9)
         values = tl.where((codes & 0x7F) == 0x7F, float("nan"), values)
     return values
 
@@ -52,25 +37,14 @@ def encode(values):
 
 
 @triton.jit
-def rounded(values, dtype: tl.constexpr):
-    """float32 values in another dtype, nearest, ties to even: the interpreter cuts them off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = values.to(tl.int32, bitcast=True)
-        near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        values = tl.where(values == values, near, bits).to(tl.float32, bitcast=True)
-    return values.to(dtype)
-
-
-@triton.jit
 def group_scale(largest):
     """The power of two that brings a group's largest size to 448 or below: float32.
 
-    As duck.kernels.reference.device.quantise_groups; a group of which one is NaN gets scale 0,
-    which makes all of it NaN.
+    As duck.kernels.reference.device.quantise_groups has it; NaN if that size is NaN.
     """
     least = tl.div_rn(tl.where(largest < 1e-4, 1e-4, largest), 448.0)
     bits = (least.to(tl.uint32, bitcast=True) + 0x7FFFFF) & 0x7F800000
-    bits = tl.where(least == least, bits, 0)
+    bits = tl.where(least == least, bits, 0x7FC00000)
     return bits.to(tl.float32, bitcast=True)
 
 
