@@ -86,9 +86,9 @@ class WatchedModel(LocalModel):
         plain = Indexer.select
 
         def select(
-            indexer: Indexer, x: Tensor, q_latent: Tensor, keys: Tensor, position: int
+            indexer: Indexer, x: Tensor, q_latent: Tensor, held: Tensor, position: int
         ) -> Tensor:
-            selected = plain(indexer, x, q_latent, keys, position)
+            selected = plain(indexer, x, q_latent, held, position)
             for row, chosen in enumerate(selected.tolist()):
                 self.selected[self._layer, position + row] = frozenset(chosen)
             return selected

@@ -135,6 +135,23 @@ def pack_fp8(rows: Tensor, coded: int) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def unpack_fp8(held: Tensor, coded: int, dtype: torch.dtype) -> Tensor:
+    """The reverse of `pack_fp8`: (..., bytes) to (..., numbers)."""
+    end = coded + 4 * -(-coded // FP8_GROUP)
+    codes = held[..., :coded].view(torch.float8_e4m3fn)
+    scales = _aligned(held[..., coded:end]).view(torch.float32)
+    values = dequantise_groups(codes, scales, FP8_GROUP).to(dtype)
+    if held.shape[-1] == end:
+        return values
+    plain = _aligned(held[..., end:]).view(torch.bfloat16)
+    return torch.cat((values, plain.to(dtype)), dim=-1)
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """A copy that begins where wider numbers may begin; a part of a row need not."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
 def append_latents(
     kv: Tensor,
     weight: Tensor,
@@ -239,8 +256,8 @@ def attend_selected(
 ) -> Tensor:
     """`attend_absorbed` of every row to keys of its own: sparse attention.
 
-    selected: (T, K) positions, each row's own or before. gather: brings their latents, from
-    (rows, K) positions (rows, K, r + dr).
+    selected: (T, K) positions, each row's own or before; -1 stands for none. gather: brings their
+    latents, from (rows, K) positions (rows, K, r + dr).
     """
     rank, heads, keys = wk.shape[2], wk.shape[0], selected.shape[1]
     folded = torch.einsum("thd,hdr->thr", q_nope, wk)
@@ -248,8 +265,10 @@ def attend_selected(
     out = torch.empty_like(folded)
     per_row = keys * max(heads, query.shape[-1])  # its scores, or the latents brought for it
     for start, stop in _row_blocks(query.shape[0], per_row):
-        seen = gather(selected[start:stop]).float()
+        ids = selected[start:stop]
+        seen = gather(ids.clamp_min(0)).float()
         scores = torch.einsum("thr,tsr->ths", query[start:stop], seen) * scale
+        scores.masked_fill_((ids < 0)[:, None], float("-inf"))
         weights = scores.softmax(dim=-1)
         out[start:stop] = torch.einsum("ths,tsr->thr", weights, seen[..., :rank]).to(out.dtype)
     return torch.einsum("thr,hdr->thd", out, wv)
