@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from duck.kernels.device import Kernels
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
 from duck.model.indexer import Indexer
@@ -20,13 +21,17 @@ from duck.model.weights import Checkpoint
 class LocalModel:
     """`duck.model` with its experts in the same process."""
 
-    def __init__(self, folder: Path, dtype: str = "float32", **options: Any) -> None:
-        """options: as Holding.choose has them."""
+    def __init__(
+        self, folder: Path, dtype: str = "float32", kernels: Kernels | None = None, **options: Any
+    ) -> None:
+        """kernels: None are the device's. options: as Holding.choose has them."""
         self.folder = folder
         self.config = ModelConfig.load(folder)
         checkpoint = Checkpoint.open(folder)
         holding = Holding.choose(self.config, dtype=dtype, **options)
-        self.model = Transformer.load(checkpoint, self.config, holding, device=torch.device("cpu"))
+        self.model = Transformer.load(
+            checkpoint, self.config, holding, device=torch.device("cpu"), kernels=kernels
+        )
         columns = range(self.config.moe_intermediate_size)
         self.experts = {
             (layer, expert): [
