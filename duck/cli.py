@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import duck
-from duck import bench, log
+from duck import bench, files, log
 from duck.config import CHOICES, model_folder, output_file
 from duck.errors import ConfigError, DuckError
 from duck.wire import plain
@@ -46,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 0
     except OSError as error:
-        _drop_output()
-        _complain(f"cannot go on: {error.strerror or error}")
+        why = error.strerror or str(error)
+        if error.errno == errno.EMFILE:
+            why = files.too_many_open()
+        else:
+            _drop_output()
+        _complain(f"cannot go on: {why}")
         return 2
 
 
@@ -70,6 +75,7 @@ def _run(argv: Sequence[str] | None) -> int:
             raise ConfigError(f"{words[0]} is not built yet; see duck --help for what is")
         arguments = _parser().parse_args(words)
         log.configure(arguments.log_level, json=arguments.json)
+        files.allow_open_files()
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
     except DuckError as error:
@@ -93,6 +99,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is not known here, where --help lists what is: not in `duck` itself."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from duck.errors import ConfigError
+from duck.files import open_regular
 
 # name -> the values that work; and the ones that are planned, so that a refusal can say so.
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -111,6 +112,11 @@ class Options:
                 f"--transport loopback runs the ducks inside this process; --ducks {self.ducks} "
                 "names other machines: use --transport tcp, or --ducks local:N"
             )
+        if self.transport == "loopback" and self.key_file is not None:
+            raise ConfigError(
+                "--transport loopback has the ducks inside this process, and no wire to seal: "
+                "leave out --key-file, or choose another transport"
+            )
 
     def weights(self) -> tuple[float, ...]:
         """One number a duck: its slice is as wide as this is among all of them.
@@ -133,6 +139,10 @@ class Options:
         if self.key_file is None:
             return Ducks.parse(self.ducks).key_file
         return Path(self.key_file)
+
+    def key_named(self) -> str:
+        """Where that file was named, for errors."""
+        return "--key-file" if self.key_file is not None else f"{self.ducks}: [host] key_file"
 
 
 @dataclass(frozen=True)
@@ -244,7 +254,8 @@ class Ducks:
     @classmethod
     def _from_file(cls, path: Path) -> Ducks:
         try:
-            document = tomllib.loads(path.read_text())
+            with open_regular(path) as file:
+                document = tomllib.loads(file.read().decode())
         except OSError as error:
             raise ConfigError(f"--ducks {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # no path, no UTF-8, or no TOML

@@ -11,11 +11,11 @@ import contextlib
 import heapq
 import itertools
 import os
+import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ import torch
 from duck.errors import ConfigError, DuckError
 
 Result = TypeVar("Result")
+_Loop = asyncio.AbstractEventLoop
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,8 +37,7 @@ OVERTAKEN = {"shared": 4, "feed": 4, "guess": 8, "head": 8}
 SWITCH_S = 100e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(NamedTuple):
     """What a piece of work is, for its turn, for times and for traces.
 
     name: attend, dense (attention and MLP of a layer without experts), shared, final, combine, feed
@@ -86,8 +86,10 @@ class Device:
         self.name = device
         self.dtype_name = dtype
         self.dtype = DTYPES[dtype]
-        self._changed = threading.Condition()
-        self._queue: list[_Work] = []
+        # (turn, number, call, future, loop); the lowest turn goes first, and numbers differ.
+        # Pushing and popping are each one step of the interpreter: the two threads need no lock.
+        self._queue: list[tuple[int, int, Callable[[], Any], asyncio.Future[Any], _Loop]] = []
+        self._wishes: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each in the queue
         self._number = itertools.count()
         self._closed = False
         self._worker = threading.Thread(target=self._run, name="device", daemon=True)
@@ -98,15 +100,14 @@ class Device:
 
         Cancelling stops the wait, and the work unless it has begun; then its result is dropped.
         """
+        if self._closed:
+            raise DuckError("the engine is closed: its `async with` block has ended")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Ran[Result]] = loop.create_future()
         number = next(self._number)
-        queued = _Work(number + OVERTAKEN.get(stage.name, 0), number, work, future, loop)
-        with self._changed:
-            if self._closed:
-                raise DuckError("the engine is closed: its `async with` block has ended")
-            heapq.heappush(self._queue, queued)
-            self._changed.notify()
+        turn = number + OVERTAKEN.get(stage.name, 0)
+        heapq.heappush(self._queue, (turn, number, work, future, loop))
+        self._wishes.put(None)
         return await future
 
     def free_bytes(self) -> int | None:
@@ -115,60 +116,47 @@ class Device:
 
     def close(self) -> None:
         """End the worker after what it computes now, and forget the rest."""
-        with self._changed:
-            self._closed = True
-            waiting, self._queue = self._queue, []
-            self._changed.notify()
-        for work in waiting:
-            work.future.cancel()
+        self._closed = True
+        self._wishes.put(None)
         self._worker.join()
+        for _, _, _, future, _ in self._queue:
+            future.cancel()
+        self._queue.clear()
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                while not self._queue and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                work = heapq.heappop(self._queue)
-            if not work.future.cancelled():
-                self._compute(work)
-            del work  # and with it what it holds, however long the next one takes to come
+            self._wishes.get()
+            if self._closed:
+                return
+            _, _, call, future, loop = heapq.heappop(self._queue)
+            if not future.cancelled():
+                self._compute(call, future, loop)
+            del call, future  # and with them what they hold, however long the next takes to come
 
-    def _compute(self, work: _Work) -> None:
+    def _compute(self, call: Callable[[], Any], future: asyncio.Future[Any], loop: _Loop) -> None:
         begun = time.perf_counter()
         error: BaseException | None = None
         result = None
         try:
             with torch.inference_mode():
-                result = work.call()
+                result = call()
         except BaseException as raised:  # the top of a thread: whoever waits must hear of it
             error = raised
         ran = Ran(result, begun, time.perf_counter())
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            work.loop.call_soon_threadsafe(self._done, work.future, ran, error)
+            loop.call_soon_threadsafe(self._done, future, ran, error)
 
     @staticmethod
     def _done(future: asyncio.Future[Any], ran: Ran[Any], error: BaseException | None) -> None:
         if future.done():
             return
         if error is None:
-            future.set_result(ran._replace(late=time.perf_counter() - ran.ended))
+            late = time.perf_counter() - ran.ended
+            future.set_result(Ran(ran.result, ran.begun, ran.ended, late))
         else:
             future.set_exception(error)
             # Who waits may be cancelled before it looks: then nobody needs to hear of it.
             future.exception()
-
-
-@dataclass(order=True, slots=True)
-class _Work:
-    """A piece of work in the queue; the lowest turn goes first."""
-
-    turn: int
-    number: int
-    call: Callable[[], Any] = field(compare=False)
-    future: asyncio.Future[Any] = field(compare=False)
-    loop: asyncio.AbstractEventLoop = field(compare=False)
 
 
 def limit_threads() -> None:

@@ -73,7 +73,8 @@ class EmulatedDevice(Device):
             return Ran(result, start, end)
 
         ran = await super().run(stage, paced)
-        return ran.result._replace(late=ran.late)
+        done = ran.result
+        return Ran(done.result, done.begun, done.ended, ran.late)
 
     def seconds(self, stage: Stage) -> float:
         """How long a piece of work takes."""
@@ -117,6 +118,7 @@ class EmulatedTransport:
         """Nothing to gather."""
         self._loop = asyncio.get_running_loop()
         self._table = AskTable(plan, tuple(f"duck {number}" for number in range(plan.ducks)))
+        self._all = range(plan.ducks)
         self._thread = threading.Thread(target=self._run, name="emulated ducks", daemon=True)
         self._thread.start()
 
@@ -167,10 +169,9 @@ class EmulatedTransport:
             asks.late_answers += 1
             return
         stamps = wire.pack_stamps(queue_s, compute_s)
-        for duck in range(asks.plan.ducks):
-            ask.rows.landing[duck][: wire.STAMP_BYTES] = stamps
-            for fragment in range(ask.fragments):
-                asks.arrived(ask, duck, fragment, ask.fragments)
+        for place in ask.rows.landing:
+            place[: wire.STAMP_BYTES] = stamps
+        asks.arrived_whole(ask, self._all)
 
     def stats(self) -> Mapping[str, float]:
         return {"late_answers": self._asks.late_answers, "rows_free": self._asks.ring.free}

@@ -30,7 +30,7 @@ from duck.kernels import library
 from duck.kernels.device import pick
 from duck.keys import ClusterKey
 from duck.local import LocalDucks, threads_each
-from duck.meter import Meter, Totals, overlap_efficiency
+from duck.meter import Meter, Totals, shares
 from duck.model.config import ModelConfig
 from duck.model.tokenizer import StopScanner, TextStream
 from duck.model.transformer import Transformer
@@ -92,9 +92,11 @@ class Engine:
         plan: Plan,
         transport: str,
         load: LoadReport,
+        trace: Trace,
     ) -> None:
         self.prompts, self.config, self.tokenizer = prompts, prompts.config, prompts.tokenizer
         self.plan, self.transport, self.load = plan, transport, load
+        self.trace = trace  # what is recorded; its `on` may be changed between two steps
         self._model, self._pipeline = model, pipeline
 
     @classmethod
@@ -132,7 +134,7 @@ class Engine:
             )
         ducks = Ducks.parse(chosen.ducks)
         key_path = chosen.key_path()
-        key = ClusterKey.read(key_path) if key_path else None
+        key = ClusterKey.read(key_path, chosen.key_named()) if key_path else None
         slices = placement.weighted_slices(config.moe_intermediate_size, chosen.weights())
         checkpoint = Checkpoint.open(folder)
         checkpoint.check(config)
@@ -206,6 +208,7 @@ class Engine:
                     lambda duck, done, total: note(f"duck {duck}", done, total),
                     lambda duck, layer: layer_stream(checkpoint, slice_of(plan, duck), layer),
                     _credentials(key),
+                    local.ended if local else lambda _duck: False,
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)
@@ -222,7 +225,19 @@ class Engine:
                 expert_bytes=[slice_of(plan, duck).record_bytes for duck in range(plan.ducks)],
             )  # fmt: skip
             load = _report(checkpoint, model, budget, plan, transport.attached)
-            yield cls(prompts, model, pipeline, plan, kind, load)
+            yield cls(prompts, model, pipeline, plan, kind, load, trace)
+
+    def stats(self) -> dict[str, Any]:
+        """What is going on now; cheap enough to ask for every second.
+
+        sessions: in a step or waiting for one; schedule: the next step's; device_busy, ducks_busy,
+        overlap_efficiency, expert_overlap: as in an answer's statistics, but over the last ten
+        seconds or so of work, all sessions together; loop_late_p99_s: how late the event loop heard
+        of the device lately; transport, ducks.
+        """
+        return {
+            **self._pipeline.stats(), "transport": self.transport, "ducks": self.plan.ducks,
+        }  # fmt: skip
 
     # answers
 
@@ -341,7 +356,6 @@ class _Run:
         now = time.perf_counter()
         meter, work = self.meter, self._pipeline.stages.totals().since(self._before)
         ttft, decode = self._first - self._begun, now - self._first
-        ducks = work.each_duck
         settled = self.count - 1
         return {
             "prompt_tokens": self._prompt_tokens,
@@ -357,11 +371,7 @@ class _Run:
             "schedule": self._schedule(),
             "transport": self._engine.transport,
             "ducks": self._engine.plan.ducks,
-            "device_busy": min(1.0, work.device / decode) if settled else 0.0,
-            "ducks_busy": min(1.0, sum(ducks) / len(ducks) / decode) if settled else 0.0,
-            "overlap_efficiency": (
-                overlap_efficiency([work.device, work.ducks, work.wire], decode) if settled else 0.0
-            ),
+            **shares(work, decode if settled else 0.0),
             "expert_overlap": (
                 meter.shared_experts / meter.possible_experts if meter.possible_experts else 0.0
             ),

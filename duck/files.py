@@ -1,4 +1,5 @@
-"""Opening files that others may have put there: only regular ones, and never waiting for them.
+"""Opening files: only regular ones, whoever put them there, never waiting for them, and with room
+for as many as a process needs.
 
 A pipe in a folder of weights would block whoever opens it, a node's event loop and its signals
 included; a folder or a device is no better. What is wrong is an OSError with one clear word, as the
@@ -7,12 +8,19 @@ system's own are, so that whoever opens says it as it says those.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 from io import FileIO
 from pathlib import Path
 from typing import Literal
+
+from duck.errors import ConfigError
+
+# What a command has open at once at the least: an event loop, a few connections, a file that is
+# read. And what it gets where the system lets it: a duck has up to 256 strangers at its door.
+LEAST_FILES, GOOD_FILES = 48, 2048
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -49,6 +57,56 @@ def open_regular(path: Path, mode: Literal["r", "r+", "w"] = "r") -> FileIO:
         raise
 
 
+def allow_open_files() -> None:
+    """Have the system let this process open as many files as it may need.
+
+    Before anything is opened that cannot say well why it failed: event loops are such things.
+
+    Raises:
+        ConfigError: it may open too few.
+    """
+    limit = _limit()
+    if limit is not None and limit < GOOD_FILES:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = GOOD_FILES if hard == resource.RLIM_INFINITY else min(hard, GOOD_FILES)
+        with contextlib.suppress(OSError, ValueError):  # the system allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        limit = _limit()
+    if limit is None:
+        return
+    free = limit - _open_files()
+    if free < LEAST_FILES:
+        raise ConfigError(f"{too_many_open(limit)}; {free} of them are free, want {LEAST_FILES}")
+
+
+def too_many_open(limit: int | None = None) -> str:
+    """The words for a process that may open no more files, with the cure."""
+    limit = _limit() if limit is None else limit
+    if limit is None:
+        return "too many open files"
+    return f"this process may have {limit} files open (ulimit -n): run ulimit -n {GOOD_FILES}"
+
+
+def _limit() -> int | None:
+    """How many files this process may have open; None: nobody says."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _open_files() -> int:
+    """How many are open now, or a guess."""
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:  # no such folder, or not even that can be opened
+        return 3
+
+
 def _strange(path: Path, mode: int) -> OSError:
     kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-    return OSError(errno.EINVAL, f"it is {kind}, want a regular file: remove it", str(path))
+    return OSError(errno.EINVAL, f"it is {kind}, want a regular file", str(path))

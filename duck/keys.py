@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from duck.errors import ConfigError
+from duck.files import open_regular
 
 KEY_BYTES = 32
 # A file is read no further than this: a key is 44 characters and the end of the line.
@@ -77,21 +78,21 @@ class ClusterKey:
         return cls(secret)
 
     @classmethod
-    def read(cls, path: Path) -> ClusterKey:
+    def read(cls, path: Path, named: str = "--key-file") -> ClusterKey:
         """The key in a file.
+
+        named: where the path was given, for errors.
 
         Raises:
             ConfigError: no such file, others may read it, or it holds no key.
         """
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 # Of the open file, so that it cannot be exchanged in between.
                 found = os.fstat(file.fileno())
-                if not stat.S_ISREG(found.st_mode):
-                    raise ConfigError(f"--key-file {path} is no file; make one with: duck key FILE")
                 if os.name == "posix" and found.st_mode & 0o077:
                     raise ConfigError(
-                        f"--key-file {path} may be read or changed by others "
+                        f"{named} {path} may be read or changed by others "
                         f"(mode {stat.S_IMODE(found.st_mode):04o}): chmod 600 {path}"
                     )
                 text = file.read(_FILE_BYTES)
@@ -99,26 +100,22 @@ class ClusterKey:
             if isinstance(error, ConfigError):
                 raise
             why = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"--key-file {path}: {why}; make one with: duck key {path}"
-            ) from error
-        return cls(_secret_in(text, path))
+            raise ConfigError(f"{named} {path}: {why}; make one with: duck key {path}") from error
+        return cls(_secret_in(text, f"{named} {path}"))
 
 
-def _secret_in(text: bytes, path: Path) -> bytes:
+def _secret_in(text: bytes, what: str) -> bytes:
     try:
         secret = base64.b64decode(text.strip(), validate=True)
     except binascii.Error:
         raise ConfigError(
-            f"--key-file {path} holds no key: want one line of base64, as duck key writes it"
+            f"{what} holds no key: want one line of base64, as duck key writes it"
         ) from None
     if len(secret) != KEY_BYTES:
         raise ConfigError(
-            f"--key-file {path} holds {len(secret)} bytes of key, want {KEY_BYTES}: "
+            f"{what} holds {len(secret)} bytes of key, want {KEY_BYTES}: "
             "make one with: duck key FILE"
         )
     if len(set(secret)) < _DIFFERENT:
-        raise ConfigError(
-            f"--key-file {path} holds bytes that are not random: make one with: duck key FILE"
-        )
+        raise ConfigError(f"{what} holds bytes that are not random: make one with: duck key FILE")
     return secret

@@ -101,6 +101,10 @@ class LocalDucks:
     def pids(self) -> tuple[int, ...]:
         return tuple(process.pid for process in self._processes)
 
+    def ended(self, number: int) -> bool:
+        """Whether a duck's process has ended: nobody starts it again."""
+        return self._processes[number].poll() is not None
+
     async def obituary(self, number: int) -> str:
         """How a duck's process ended, if it did; it may end a moment after its connection."""
         process = self._processes[number]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from duck.plan.closed import Times
 from duck.schedule import Average
 
 LATE_SAMPLES = 4096
+# Asks whose ducks' reports are taken in at once: one by one, 32 ducks would cost each ask 20 us.
+TOGETHER = 16
+# What is told of a running engine is of its last so many seconds of work, one more or less.
+LATELY_S = 10
 
 
 @dataclass
@@ -26,11 +30,17 @@ class Meter:
     shared_experts: int = 0
     possible_experts: int = 0
 
-    def experts(self, sure: np.ndarray, guess: np.ndarray | None = None) -> None:
-        """Count what the rows of a step have in common. sure, guess: (layers, top_k) ids."""
-        if guess is not None:
-            self.shared_experts += int((sure[:, :, None] == guess[:, None, :]).sum())
-            self.possible_experts += sure.size
+    def experts(self, sure: np.ndarray, guess: np.ndarray | None = None) -> tuple[int, int]:
+        """Count what the rows of a step have in common; how many experts, and of how many.
+
+        sure, guess: (layers, top_k) ids.
+        """
+        if guess is None:
+            return 0, 0
+        shared = int((sure[:, :, None] == guess[:, None, :]).sum())
+        self.shared_experts += shared
+        self.possible_experts += sure.size
+        return shared, sure.size
 
 
 @dataclass(frozen=True)
@@ -58,30 +68,48 @@ class Stages:
 
     def __init__(self, ducks: int) -> None:
         self._device_s = self._ducks_s = self._wire_s = 0.0
-        self._each_duck_s = [0.0] * ducks
+        self._each_duck_s = np.zeros(ducks)
         self.late_s: deque[float] = deque(maxlen=LATE_SAMPLES)  # how late the event loop was lately
         self._device: dict[tuple[str, int], Average] = {}
         self._asks: dict[int, tuple[Average, Average]] = {}  # (duck, wire) of asks of n rows
+        # (rows, seconds, ducks_us) of asks that are not in the figures yet.
+        self._fresh: list[tuple[int, float, Sequence[tuple[int, int]]]] = []
 
     def worked(self, stage: str, rows: int, seconds: float, *, late: float) -> None:
         """The device did a piece of work; late: seconds until the loop heard."""
         self.late_s.append(late)
         self._device_s += seconds
-        self._device.setdefault((stage, rows), Average()).add(seconds)
+        mean = self._device.get((stage, rows))
+        if mean is None:
+            mean = self._device[stage, rows] = Average()
+        mean.add(seconds)
 
     def asked(self, rows: int, seconds: float, ducks_us: Sequence[tuple[int, int]]) -> None:
-        """An ask was answered. ducks_us: (queue, compute) as the ducks say."""
-        for duck, (_queue_us, compute_us) in enumerate(ducks_us):
-            self._each_duck_s[duck] += compute_us / 1e6
-        queue_us, compute_us = max(ducks_us, key=sum)
-        # A duck may say what it likes; it cannot have taken longer than the ask.
-        compute = min(seconds, compute_us / 1e6)
-        wire = max(0.0, seconds - compute - queue_us / 1e6)
-        self._ducks_s += compute
-        self._wire_s += wire
-        duck_mean, wire_mean = self._asks.setdefault(rows, (Average(), Average()))
-        duck_mean.add(compute)
-        wire_mean.add(wire)
+        """An ask was answered. ducks_us: (queue, compute) as the ducks say; kept, not copied."""
+        self._fresh.append((rows, seconds, ducks_us))
+        if len(self._fresh) >= TOGETHER:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Add the fresh asks to sums and means."""
+        fresh, self._fresh = self._fresh, []
+        if not fresh:
+            return
+        # A queue and a compute of 32 bits each: together they need more.
+        told = np.array([ducks_us for _, _, ducks_us in fresh], np.int64)
+        self._each_duck_s += told[:, :, 1].sum(axis=0) / 1e6
+        slowest = told[np.arange(len(fresh)), told.sum(axis=2).argmax(axis=1)] / 1e6
+        for (rows, seconds, _), (queue, compute) in zip(fresh, slowest.tolist(), strict=True):
+            # A duck may say what it likes; it cannot have taken longer than the ask.
+            compute = min(seconds, compute)
+            wire = max(0.0, seconds - compute - queue)
+            self._ducks_s += compute
+            self._wire_s += wire
+            means = self._asks.get(rows)
+            if means is None:
+                means = self._asks[rows] = Average(), Average()
+            means[0].add(compute)
+            means[1].add(wire)
 
     def late_p99_s(self) -> float:
         """The 99th percentile of how late the event loop was lately; 0 before anything ran."""
@@ -90,7 +118,8 @@ class Stages:
 
     def totals(self) -> Totals:
         """The sums so far."""
-        each = tuple(self._each_duck_s)
+        self._take_in()
+        each = tuple(self._each_duck_s.tolist())
         return Totals(self._device_s, self._ducks_s, self._wire_s, each)
 
     def times(self, moe_layers: int, dense_layers: int) -> Times:
@@ -100,6 +129,7 @@ class Stages:
 
         moe_layers, dense_layers: of the model.
         """
+        self._take_in()
 
         def device(stage: str, rows: int) -> float:
             mean = self._device.get((stage, rows))
@@ -134,6 +164,73 @@ class Stages:
             combine=one("combine"),
             host=0.0,  # measured with the head
         )
+
+
+class Lately:
+    """What a pipeline did in its last seconds of work, for whoever watches it run.
+
+    Pauses in which there was nothing to do count as if they had not been.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self._running = 0  # steps and prompts
+        self._since = 0.0  # when the first of them began
+        self._now = _Mark(0.0, stages.totals())
+        self._marks = deque([replace(self._now)], maxlen=LATELY_S)  # a second of work apart
+
+    def began(self, now: float) -> None:
+        """A step or a prompt is on its way."""
+        if not self._running:
+            self._since = now
+        self._running += 1
+
+    def ended(self, now: float) -> None:
+        """It is no more, whatever became of it."""
+        mark = self._now
+        mark.active += now - self._since
+        self._since = now
+        self._running -= 1
+        if mark.active - self._marks[-1].active >= 1.0:
+            mark.totals = self._stages.totals()
+            self._marks.append(replace(mark))
+
+    def common(self, shared: int, possible: int) -> None:
+        """So many experts were common to a session's rows in a step, of so many."""
+        self._now.shared += shared
+        self._now.possible += possible
+
+    def figures(self, now: float) -> dict[str, float]:
+        """Shares of the time: device_busy, ducks_busy, overlap_efficiency; and expert_overlap."""
+        before, mark = self._marks[0], self._now
+        active = mark.active - before.active + (now - self._since if self._running else 0.0)
+        possible = mark.possible - before.possible
+        return {
+            **shares(self._stages.totals().since(before.totals), active),
+            "expert_overlap": (mark.shared - before.shared) / possible if possible else 0.0,
+        }
+
+
+@dataclass
+class _Mark:
+    """Sums up to a moment."""
+
+    active: float  # seconds in which there was work
+    totals: Totals
+    shared: int = 0
+    possible: int = 0
+
+
+def shares(work: Totals, seconds: float) -> dict[str, float]:
+    """How busy device and ducks were in that time, and how much of their work overlapped."""
+    if seconds <= 0:
+        return dict.fromkeys(("device_busy", "ducks_busy", "overlap_efficiency"), 0.0)
+    ducks = sum(work.each_duck) / len(work.each_duck)
+    return {
+        "device_busy": min(1.0, work.device / seconds),
+        "ducks_busy": min(1.0, ducks / seconds),
+        "overlap_efficiency": overlap_efficiency([work.device, work.ducks, work.wire], seconds),
+    }
 
 
 def _of_one_row(means: Mapping[int, float]) -> float:

@@ -14,6 +14,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -260,6 +261,7 @@ def run_node(
     host, _port = split_address(listen)
     key = ClusterKey.read(key_file) if key_file else None
     if not is_loopback(host) and not key and not insecure:
+        _check_name(listen, host)
         raise ConfigError(
             f"--listen {listen} is open to other machines, and anyone there could read your "
             "prompts: give host and ducks a --key-file (duck key FILE makes one), or --insecure "
@@ -274,6 +276,17 @@ def run_node(
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         node = Node(source, kernel)
         runner.run(_serve(node, str(source), listen, key, parent is not None, as_json))
+
+
+def _check_name(listen: str, host: str) -> None:
+    """Refuse a host name that is none, which no key would mend."""
+    try:
+        socket.getaddrinfo(host, None, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"cannot listen on {listen}: {why}; give an address of this machine"
+        ) from error
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import structlog
@@ -26,7 +26,7 @@ from torch import Tensor
 from duck.device import Ran, Stage
 from duck.draft import Bet, Outcome, Settled, settle
 from duck.errors import DuckError
-from duck.meter import Meter, Stages
+from duck.meter import Lately, Meter, Stages
 from duck.model.cache import KVCache
 from duck.model.router import Routed
 from duck.placement import Plan
@@ -34,7 +34,7 @@ from duck.sampling import Sampling
 from duck.schedule import Chooser, Policy, Way, chunks
 from duck.session import Session
 from duck.steps import Steps
-from duck.trace import LATE, OFF, Trace
+from duck.trace import CANCELLED, FAILED, OFF, Trace
 
 # Rows of one prefill lane. Long enough that ducks read each expert once for many rows, short enough
 # that a row set of all ducks' answers stays small and a cancelled prompt ends soon.
@@ -218,6 +218,7 @@ class Pipeline:
         self._wire_bits = flock.plan.shape.ask_dtype == "bfloat16"
         self._chunk = min(PREFILL_ROWS, flock.plan.shape.max_rows)
         self.stages = Stages(flock.plan.ducks)
+        self._lately = Lately(self.stages)
         self.chooser = Chooser(schedule, draft, early, can_draft=self._mtp is not None)
         # The plain loop is plain in all: with `serial` prompts overlap nothing either.
         self._prompts = self.chooser.way(1).policy
@@ -227,6 +228,24 @@ class Pipeline:
     def drafts(self) -> bool:
         """Whether sessions keep what drafting needs."""
         return self._mtp is not None
+
+    def stats(self) -> dict[str, Any]:
+        """What is going on: how the last seconds of work were spent, and under which schedule."""
+        return {
+            "sessions": self._steps.sessions,
+            "schedule": self.chooser.way(self._steps.sessions).policy.name,
+            **self._lately.figures(self._clock()),
+            "loop_late_p99_s": self.stages.late_p99_s(),
+        }
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Held while a step or a prompt is on its way."""
+        self._lately.began(self._clock())
+        try:
+            yield
+        finally:
+            self._lately.ended(self._clock())
 
     # one lane
 
@@ -281,12 +300,16 @@ class Pipeline:
         def share() -> list[Tensor]:
             return [layer.shared(h) for h in hs]
 
-        if policy.overlap:
-            shared = await self._run("shared", lane, layer, share, rows=len(rows))
-            await ask.arrived()
-        else:
-            await ask.arrived()
-            shared = await self._run("shared", lane, layer, share, rows=len(rows))
+        try:
+            if policy.overlap:
+                shared = await self._run("shared", lane, layer, share, rows=len(rows))
+                await ask.arrived()
+            else:
+                await ask.arrived()
+                shared = await self._run("shared", lane, layer, share, rows=len(rows))
+        except BaseException as error:
+            self._broke_off(ask, layer, lane, len(rows), error)
+            raise
         self._arrived(ask, layer, lane, ids)
 
         def merge() -> list[Tensor]:
@@ -327,13 +350,10 @@ class Pipeline:
         ran = await self._device.run(stage, work)
         self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun, late=ran.late)
         if self._trace.on:
-            self._trace.count("loop late ms", ran.ended + ran.late, ran.late * 1e3)
             self._trace.span(
                 "device", stage.name, ran.begun, ran.ended, stage.layer,
-                lane=stage.lane, session=stage.session, rows=stage.rows,
+                lane=stage.lane, session=stage.session, rows=stage.rows, late_us=ran.late * 1e6,
             )  # fmt: skip
-            now = self._clock()
-            self._trace.count(LATE, now, (now - ran.ended) * 1e6)
         return ran.result
 
     def _arrived(self, ask: FlyingAsk, layer: Layer, lane: Lane, ids: np.ndarray) -> None:
@@ -342,6 +362,18 @@ class Pipeline:
             self._trace.ask(
                 layer.index, ask.sent_at, ask.done_at, ask.ducks_us, ids, ask.arrived_at,
                 lane=lane.number, session=lane.spans[0].session.number,
+            )  # fmt: skip
+
+    def _broke_off(
+        self, ask: FlyingAsk, layer: Layer, lane: Lane, rows: int, error: BaseException
+    ) -> None:
+        """An ask came to nothing: it failed, or nobody wants its answers any more."""
+        if self._trace.on:
+            failed = isinstance(error, DuckError)
+            self._trace.span(
+                "net", FAILED if failed else CANCELLED, ask.sent_at, self._clock(), layer.index,
+                lane=lane.number, session=lane.spans[0].session.number, rows=rows,
+                why=str(error) if failed else "",
             )  # fmt: skip
 
     # chunks of a prompt
@@ -396,7 +428,8 @@ class Pipeline:
                 session.hidden.append(h)
                 await self._feed(self._mtp, session)
 
-        await self._through(session, tokens, self._prompts, done)
+        with self._working():
+            await self._through(session, tokens, self._prompts, done)
         if self._trace.on:
             self._trace.span(
                 "loop", "prefill", begun, self._clock(), session=session.number, rows=len(tokens)
@@ -479,7 +512,7 @@ class Pipeline:
         begun = self._clock()
         drafts = way.draft and self._mtp is not None and any(bet.may_draft for bet in bets)
         guesses: list[int | None] = [None] * len(bets)
-        with ExitStack() as open_lanes:
+        with self._working(), ExitStack() as open_lanes:
             async with _together() as step:
                 lanes: list[Lane] = []
                 flying: list[asyncio.Task[list[Tensor]]] = []
@@ -512,7 +545,7 @@ class Pipeline:
         for bet in bets:
             bet.meter.schedules[way.policy.name] += 1
             if lanes[0].ids:  # else only the MTP layer has experts
-                bet.meter.experts(*_experts_of(bet.session, lanes))
+                self._lately.common(*bet.meter.experts(*_experts_of(bet.session, lanes)))
         self._note(bets, outcomes, way, begun)
         return outcomes
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from duck.errors import ConfigError
+from duck.files import open_regular
 from duck.trace import DUCKS, FORMAT, HOST, NO_LAYER, Span, Trace
 from duck.wire import plain
 
@@ -85,7 +86,7 @@ def recording_of(trace: Trace) -> Recording:
 
 
 def _text(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         compressed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         if not compressed:

@@ -20,7 +20,8 @@ PROBE_STEPS = 4
 RECHECK_STEPS = 128
 # A way must promise this much more than the present one, twice, before `auto` changes to it.
 GAIN = 1.03
-# Rows in one step's ask: what the small row sets of a transport hold.
+# Rows in one step's ask: what the small row sets of a transport hold. Larger groups would gain
+# little: only experts that their rows have in common are read once for more of them.
 STEP_ROWS = 4
 
 
@@ -107,7 +108,8 @@ class Chooser:
 
     With a fixed schedule it always says the same. `auto` tries the ways whose times it needs for a
     few steps each, takes what the closed forms promise most of, and looks again from time to time;
-    for one session and for several it chooses apart.
+    for one session and for several it chooses apart. No form knows what overlapping costs where
+    device and ducks share cores, so serial is tried as well, beside batch.
 
     Args:
         schedule: auto, or a policy's name.
@@ -126,8 +128,9 @@ class Chooser:
             self._fixed = Way(policy, drafts, early=drafts and policy.apart and early == "on")
             return
         plain = [] if drafts and draft == "mtp" else [False]
-        one = [Way(WAVE, draft=True), Way(BATCH, draft=True)] if drafts else []
-        self._one = _Choosing(one, [Way(BATCH, off) for off in plain], early)
+        one = [Way(policy, draft=True) for policy in (WAVE, BATCH, SERIAL)] if drafts else []
+        alone = [Way(policy, off) for off in plain for policy in (BATCH, SERIAL)]
+        self._one = _Choosing(one, alone, early)
         several = [Way(PINGPONG, draft=True)] if drafts else []
         self._several = _Choosing(several, [Way(PINGPONG, off) for off in plain], early)
 
@@ -157,6 +160,7 @@ class Chooser:
         sessions = max(2, sessions) if way.policy is PINGPONG else 1
         times = replace(times, accept=self._accept.value)
         speeds = {way: tokens_per_second(way, times, sessions) for way in choosing.candidates}
+        speeds = choosing.as_tried(speeds)
         chosen = choosing.decide(speeds)
         promised = ", ".join(f"{each} {speed:.1f} tok/s" for each, speed in speeds.items())
         return Choice(chosen, f"{promised}; measured {_told(times)}")
@@ -174,13 +178,15 @@ class _Choosing:
     def __init__(self, drafting: Sequence[Way], plain: Sequence[Way], early: str) -> None:
         self.candidates = [*drafting, *plain]
         self._early = early
-        self._step_s = {True: Average(), False: Average()}  # of waves, by whether started early
+        self._step_s: dict[Way, Average] = {}
         self._way = self._started(self.candidates[0])
-        self._trials = list(drafting) if len(self.candidates) > 1 else []
+        self._probes = list(drafting) if len(self.candidates) > 1 else []
         # One row's times come from a wave, or from steps without drafts.
-        if not any(way.policy.apart for way in drafting):
-            self._trials += plain if self._trials else []
-        self._probes = list(self._trials)
+        if len(self.candidates) > 1 and not any(way.policy.apart for way in drafting):
+            self._probes += plain
+        # What overlapping costs depends on the machine, not on the text: serial is tried once.
+        self._trials = [way for way in self._probes if way.policy is not SERIAL]
+        self._serial_gain: float | None = None  # a batch's step by a serial one's, once both ran
         self._tried = 0  # steps of the present trial
         self._age = 0  # steps since the last look
         self._decided = False
@@ -190,8 +196,7 @@ class _Choosing:
         return self._started(self._probes[0]) if self._probes else self._way
 
     def note(self, way: Way, seconds: float) -> bool:
-        if way.policy.apart and way.draft:
-            self._step_s[way.early].add(seconds)
+        self._step_s.setdefault(way, Average()).add(seconds)
         if self._probes:
             self._tried += way == self._started(self._probes[0])
             if self._tried < PROBE_STEPS:
@@ -206,6 +211,21 @@ class _Choosing:
             if self._early == "auto" and self._way.policy.apart:
                 self._probes.append(replace(self._way, early=not self._way.early))
         return False
+
+    def as_tried(self, speeds: Mapping[Way, float]) -> dict[Way, float]:
+        """What the ways promise, with serial as much beside batch as it was seen to be."""
+        if self._serial_gain is None:
+            for draft in (True, False):
+                pair = Way(BATCH, draft), Way(SERIAL, draft)
+                together, apart = (self._step_s.get(way, Average()) for way in pair)
+                if together.count and apart.count and apart.value > 0:
+                    self._serial_gain = together.value / apart.value
+                    break
+        found = dict(speeds)
+        for way in speeds:
+            if way.policy is SERIAL and self._serial_gain is not None:
+                found[way] = speeds[replace(way, policy=BATCH)] * self._serial_gain
+        return found
 
     def decide(self, speeds: Mapping[Way, float]) -> Way:
         best, present = max(speeds, key=speeds.__getitem__), replace(self._way, early=False)
@@ -223,7 +243,9 @@ class _Choosing:
             return way
         early = self._early == "on"
         if self._early == "auto":
-            soon, late = self._step_s[True], self._step_s[False]
+            soon, late = (
+                self._step_s.get(replace(way, early=when), Average()) for when in (True, False)
+            )
             early = bool(soon.count and late.count) and soon.value * GAIN < late.value
         return replace(way, early=early)
 

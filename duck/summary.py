@@ -22,7 +22,7 @@ from duck.errors import ConfigError
 from duck.plan.closed import Times
 from duck.plan.simulate import SCHEDULES, simulate
 from duck.recording import Asked, Recording
-from duck.trace import LATE, Span
+from duck.trace import CANCELLED, FAILED, LATE, Span
 from duck.wire import plain
 
 # A duck that its asks wait for by less than this share of them is no straggler.
@@ -78,6 +78,8 @@ class Summary:
     stages: list[Stage]
     parts: list[Part]
     asks: int
+    failed: int  # asks; their time is in no figure
+    cancelled: int
     overlap_efficiency: float
     exposed_wait: float  # share of the time
     idle_of_busiest: float
@@ -136,6 +138,8 @@ def summarize(recording: Recording) -> Summary:
         stages=stages,
         parts=_parts(device),
         asks=len(asks),
+        failed=len(recording.on("net", FAILED)),
+        cancelled=len(recording.on("net", CANCELLED)),
         overlap_efficiency=_efficiency(list(busy.values()), total),
         exposed_wait=(_length(flying) - both) / total,
         idle_of_busiest=max(0.0, 1 - max(busy["device"], busy["ducks"]) / total),
@@ -386,6 +390,8 @@ def tables(summary: Summary) -> list[Table]:
         late = max(duck.behind_ms for duck in summary.ducks)
         text = f"{summary.straggler}: {late * 1e3:.0f} us an ask, {summary.straggler_why}"
         rows.append(("waited for most", text))
+    if summary.failed or summary.cancelled:
+        rows.append(("asks that failed", f"{summary.failed}; {summary.cancelled} cancelled"))
     if summary.ended:
         rows.append(("ended by", summary.ended))
     if summary.dropped:

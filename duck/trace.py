@@ -12,8 +12,10 @@ Tracks: `device` (what the device computed), `loop` (steps, and what the event l
 Names that `duck trace summarize` understands. On `loop`: `step` with index, session, schedule and
 settled (how many tokens), and `prefill`. On `device`, with layer, session and lane (0 the sure
 token's, 1 the guess's): `attend` (what an ask waits for), `dense` (a dense layer, attention and
-MLP), `shared`, `merge`; `embed`, `final`, `head`, `combine` (the MTP layer's input), `guess`. Asks
-carry session and lane as well. Other names count as what their track did.
+MLP), `shared`, `merge`; `embed`, `final`, `head`, `combine` (the MTP layer's input), `guess`; with
+late_us, how much later the event loop heard of the end, they make a counter as well. Asks
+carry session and lane as well. On `net`: `ask failed` and `ask cancelled`, with why. Other names
+count as what their track did.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ HOST, DUCKS = 1, 2  # process ids in the file
 FORMAT = "duck trace 1"  # how a reader knows a file of ours
 # A counter: how late the event loop heard that the device was done, in microseconds.
 LATE = "loop late us"
+# Asks that came to nothing, as spans on `net`: they have no answers to draw.
+FAILED, CANCELLED = "ask failed", "ask cancelled"
 _FIRST = ("loop", "device", "net")  # the order of the tracks in the file; others follow
 # A flow is bound to the span around its time, which must lie inside the span, not on its edge.
 _INSIDE = 1e-9
@@ -244,7 +248,12 @@ class Trace:
                 yield _flow("s", HOST, net[number], flow, ask.sent + _INSIDE - zero)
                 yield _flow("t", DUCKS, duck, flow, min(start + _INSIDE, free) - zero)
                 yield _flow("f", HOST, net[number], flow, arrived - _INSIDE - zero)
-        for name, at, value in counts:
+        late = (
+            (LATE, span.end + span.args["late_us"] / 1e6, span.args["late_us"])
+            for span in spans
+            if "late_us" in span.args
+        )
+        for name, at, value in itertools.chain(counts, late):
             yield {
                 "ph": "C", "name": name, "pid": HOST, "tid": 0, "ts": _us(at - zero),
                 "args": {"value": value},

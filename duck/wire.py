@@ -380,12 +380,36 @@ def _refuse_extension(code: int, _data: bytes) -> Any:
     raise WireError(f"control message with msgpack extension {code}")
 
 
+class Foreign(WireError):
+    """A peer's first bytes are text: it speaks another protocol.
+
+    Args:
+        began: its first words, as one line.
+    """
+
+    def __init__(self, began: str) -> None:
+        super().__init__(f"another protocol, which begins {began!r}")
+        self.began = began
+
+
+def first_words(data: bytes | bytearray) -> str:
+    """The first line of what is text from its first byte on, as no control message is; else "".
+
+    data: `TELLING_BYTES` or more: a control message's length has bytes that are none of a text.
+    """
+    line = bytes(data[:60]).splitlines()[0] if data else b""
+    text = line.decode("ascii", "ignore")
+    is_text = len(text) == len(line) >= TELLING_BYTES and text.isprintable()
+    return text if is_text else ""
+
+
 class ControlDecoder:
     """Control messages out of a byte stream, however it is cut; none longer than `limit` bytes."""
 
     def __init__(self, limit: int = CONTROL_LIMIT) -> None:
         self.limit = limit
         self._buffer = bytearray()
+        self._begun = False  # a message has come
 
     @property
     def pending(self) -> int:
@@ -395,20 +419,29 @@ class ControlDecoder:
     def feed(self, data: bytes | memoryview) -> list[dict[str, Any]]:
         """Add bytes and take out the messages they complete.
 
+        What follows good messages is looked at when they have been dealt with: it may not be
+        control any more.
+
         Raises:
             WireError: a message too large, not msgpack, or not a map with a text "t".
+            Foreign: nor is it anything else of ours.
         """
         self._buffer += data
         messages: list[dict[str, Any]] = []
         while len(self._buffer) >= 4:
             size = int.from_bytes(self._buffer[:4], "little")
             if size > self.limit:
+                if messages:
+                    break
+                if not self._begun and (began := first_words(self._buffer)):
+                    raise Foreign(began)
                 raise WireError(f"control message of {size} bytes, at most {self.limit}")
             if len(self._buffer) < 4 + size:
                 break
             body = bytes(self._buffer[4 : 4 + size])
             del self._buffer[: 4 + size]
             messages.append(_decode_control(body))
+            self._begun = True
         return messages
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from duck import wire
 from duck.config import Network
+from duck.errors import DuckLost
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
@@ -249,6 +250,14 @@ class FakeFlock:
     def free(self) -> float:
         """Row sets that are free."""
         return self.transport.stats()["rows_free"]
+
+    async def again(self, layer: int, rows: int = 1) -> tuple[Ask, np.ndarray]:
+        """The same once a lost duck is back."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                with contextlib.suppress(DuckLost):
+                    return await self.ask(layer, rows)
+                await asyncio.sleep(0.001)
 
     async def begun(self, layer: int) -> None:
         """Wait until every duck has begun an ask for this layer."""

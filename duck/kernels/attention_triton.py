@@ -24,8 +24,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-from duck.kernels.common_triton import dot, rounded
+from duck.kernels.common_triton import INTERPRETED, dot, rounded
 from duck.kernels.fp8_triton import decode
 
 MOST_ROWS = 8
@@ -46,21 +47,21 @@ class Tiling:
     stages: int
 
 
-def tiling(device: torch.device, rows: int, dtype: torch.dtype, held: torch.dtype) -> Tiling:
-    """What suits a device, the dtype of the arithmetic and that of the cache.
+def tiling(rows: int, dtype: torch.dtype, held: torch.dtype) -> Tiling:
+    """What suits the GPU, the dtype of the arithmetic and that of the cache.
 
     Sums of 64 heads and 512 numbers fill half the registers of a multiprocessor, and their queries
     72 KiB of shared memory, which a consumer GPU (99 KiB) does not have beside the latents. fp8
     rows pass through registers on their way: 32 heads, or they spill.
     """
     parts = 32 if rows <= MOST_ROWS else 1  # many rows fill the device by themselves
-    if device.type != "cuda":  # interpreted: small, so that small tests have many steps
+    if INTERPRETED:  # small, so that small tests have many steps
         return Tiling(16, 16, min(parts, 4), 4, 1)
     if dtype == torch.float32:  # for tests
         return Tiling(16, 16, parts, 8, 1)
     if held == torch.uint8:
         return Tiling(32, 32, parts, 8, 2)
-    if torch.cuda.get_device_capability(device)[0] in (9, 10):  # data centre
+    if driver.active.get_current_target().arch in (90, 100, 103):  # data centres'
         return Tiling(64, 32, parts, 8, 2)
     return Tiling(32, 16, parts, 8, 2)
 
@@ -105,7 +106,7 @@ def attend_latents(
     """
     rows, heads, rank = folded.shape
     rope = q_pe.shape[2]
-    tiles = tiles or tiling(folded.device, rows, folded.dtype, held.dtype)
+    tiles = tiles or tiling(rows, folded.dtype, held.dtype)
     out = torch.empty_like(folded)
     parts = tiles.parts
     sums = folded.new_empty((rows, heads, parts, rank) if parts > 1 else 0, dtype=torch.float32)

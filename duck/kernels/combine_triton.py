@@ -63,5 +63,6 @@ def combine(x: Tensor, partials: Tensor, shared: Tensor | None = None) -> Tensor
             DUCKS=partials.shape[0],
             SHARED=shared is not None,
             BLOCK=_BLOCK,
+            enable_fp_fusion=False,
         )
     return out

@@ -5,6 +5,9 @@ CPU's memory: that is how they are tested without a GPU. Two things that the int
 (as of Triton 3.9) are helped here: it multiplies bf16 as if its bits were whole numbers, so there
 the operands of tl.dot are widened to float32, which is exact (`dot_dtype`); and it cuts float32 off
 to bf16 where GPUs round (`rounded`).
+
+Kernels are launched with enable_fp_fusion=False: products are rounded before they are added, as in
+the reference. Triton's default differs from version to version.
 """
 
 from __future__ import annotations

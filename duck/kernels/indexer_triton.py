@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duck.kernels.common_triton import dot
+from duck.kernels.common_triton import INTERPRETED, dot
 from duck.kernels.fp8_triton import decode, encode, group_scale, largest_size
 from duck.kernels.reference import SCORES
 
@@ -123,7 +123,7 @@ def scores(
     out = weights.new_empty(rows, capacity)
     fp8 = held.dtype == torch.uint8
     # Interpreted, small tests are to have several blocks; float32 has no tensor cores.
-    keys = 128 if fp8 and query.device.type == "cuda" else 32
+    keys = 128 if fp8 and not INTERPRETED else 32
     _scores[(triton.cdiv(capacity, keys), triton.cdiv(rows, _ROWS))](
         query, weights, held, position, out, count, first, rows, heads, capacity, held.stride(0),
         WIDTH=width, FP8=fp8, ROWS=_ROWS, KEYS=keys,
@@ -141,7 +141,7 @@ def largest(values: Tensor, position: Tensor, count: int, *, first: int = 0) -> 
     fewer. Five launches.
     """
     rows, capacity = values.shape
-    block = 64 if values.device.type != "cuda" else 4096
+    block = 64 if INTERPRETED else 4096  # small, so that small tests have several
     blocks = triton.cdiv(capacity, block)
     counts = torch.empty(_LEVELS, rows, blocks, 256, dtype=torch.int32, device=values.device)
     state = torch.empty(_LEVELS - 1, rows, 2, dtype=torch.int32, device=values.device)

@@ -146,7 +146,8 @@ def bf16_from_f32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """Rounded to nearest, ties to even; NaN stays NaN."""
     source = np.ascontiguousarray(values, np.float32)
     result = np.empty(source.shape, np.uint16)
-    native().duck_bf16_from_f32(source.ctypes.data, result.ctypes.data, source.size)
+    library = swift() if source.nbytes <= SWIFT_BYTES else native()
+    library.duck_bf16_from_f32(source.ctypes.data, result.ctypes.data, source.size)
     return result
 
 
@@ -154,5 +155,6 @@ def f32_from_bf16(codes: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """Exact."""
     source = np.ascontiguousarray(codes, np.uint16)
     result = np.empty(source.shape, np.float32)
-    native().duck_f32_from_bf16(source.ctypes.data, result.ctypes.data, source.size)
+    library = swift() if result.nbytes <= SWIFT_BYTES else native()
+    library.duck_f32_from_bf16(source.ctypes.data, result.ctypes.data, source.size)
     return result

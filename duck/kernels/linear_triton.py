@@ -39,7 +39,7 @@ _LEAST_BLOCKS = 2  # of columns in a split; with fewer, partial sums would be mo
 _HELD = 8192  # partial sums that a program of the second kernel loads at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "scale_stride"])
 def _multiply(
     x,
     codes,
@@ -50,28 +50,27 @@ def _multiply(
     k,
     x_stride,
     scale_stride,
-    blocks_per_split,
     ROW_EDGE: tl.constexpr,
     COLUMN_EDGE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
+    PER_SPLIT: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Sums over one split of k for a tile of y. Grid: (tiles of n, splits, tiles of rows).
 
     x: (rows, k), rows x_stride apart. codes: (n, k). out: (splits, rows, n). BLOCK_K divides
     COLUMN_EDGE, so that a step has one scale a row of codes, and a single one if BLOCK_N divides
-    ROW_EDGE. WHOLE_K: BLOCK_K divides k.
+    ROW_EDGE. WHOLE_K: BLOCK_K divides k. PER_SPLIT: steps of BLOCK_K that a split takes.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_n, in_rows = columns < n, row < rows
     step = tl.arange(0, BLOCK_K)
-    first = split * blocks_per_split
-    last = tl.minimum(first + blocks_per_split, tl.cdiv(k, BLOCK_K))
+    first = split * PER_SPLIT
 
     code_at = codes + columns[:, None] * k + step[None, :]
     x_at = x + row[None, :] * x_stride + step[:, None]
@@ -85,10 +84,10 @@ def _multiply(
     # A step's scale is read a step ahead, or every step would wait for it.
     scale = tl.load(scale_at + first * BLOCK_K // COLUMN_EDGE, mask=in_scales)
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for block in range(first, last):
-        ahead = tl.minimum(block + 1, last - 1)
+    for number in range(PER_SPLIT):
+        ahead = first + tl.minimum(number + 1, PER_SPLIT - 1)
         next_scale = tl.load(scale_at + ahead * BLOCK_K // COLUMN_EDGE, mask=in_scales)
-        start = block * BLOCK_K
+        start = (first + number) * BLOCK_K
         if WHOLE_K:
             tile_codes = tl.load(code_at + start, mask=in_n[:, None], other=0.0)
             tile_x = tl.load(x_at + start, mask=in_rows[None, :], other=0.0)
@@ -106,7 +105,7 @@ def _multiply(
     tl.store(out + place, total, mask=in_n[:, None] & in_rows[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def _add_splits(partials, out, splits, rows, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Add (splits, rows, n) up. Grid: (tiles of n, rows)."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -115,7 +114,7 @@ def _add_splits(partials, out, splits, rows, n, SPLITS: tl.constexpr, BLOCK: tl.
     tl.store(out + row * n + column, rounded(total, out.dtype.element_ty), mask=column < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def _gate(partials, out, splits, rows, n, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """silu(gate) * up from (splits, rows, 2 n): gate's columns come first. Grid: as above."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -182,7 +181,9 @@ def _finish(kernel: Any, partials: Tensor, out: Tensor) -> None:
     block = max(64, min(256, _HELD // held))
     if rows:
         grid = (triton.cdiv(n, block), rows)
-        kernel[grid](partials, out, splits, rows, n, SPLITS=held, BLOCK=block)
+        kernel[grid](
+            partials, out, splits, rows, n, SPLITS=held, BLOCK=block, enable_fp_fusion=False
+        )
 
 
 def _partials(x: Tensor, weight: Fp8Matrix) -> Tensor:
@@ -195,12 +196,11 @@ def _partials(x: Tensor, weight: Fp8Matrix) -> Tensor:
     assert n * k < 2**31
     block_k = math.gcd(column_edge, 128)
     few = rows <= FEW
-    block_t, block_n, warps = (FEW, 64, 4) if few else (64, 128, 8)
+    block_t, block_n, warps, stages = (FEW, 64, 4, 4) if few else (64, 128, 8, 3)
     blocks, tiles = triton.cdiv(k, block_k), triton.cdiv(n, block_n)
     row_tiles = triton.cdiv(rows, block_t)
-    splits = max(1, min(_PROGRAMS // (tiles * max(1, row_tiles)), blocks // _LEAST_BLOCKS))
-    per_split = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, per_split)  # none is empty
+    splits = min(_PROGRAMS // (tiles * max(1, row_tiles)), blocks // _LEAST_BLOCKS)
+    splits = max(count for count in range(1, max(1, splits) + 1) if blocks % count == 0)
     out = x.new_empty(splits, rows, n, dtype=torch.float32)
     assert out.numel() < 2**31
     if rows:
@@ -214,15 +214,16 @@ def _partials(x: Tensor, weight: Fp8Matrix) -> Tensor:
             k,
             x.stride(0),
             weight.scales.stride(0),
-            per_split,
             ROW_EDGE=row_edge,
             COLUMN_EDGE=column_edge,
             BLOCK_T=block_t,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             WHOLE_K=k % block_k == 0,
+            PER_SPLIT=blocks // splits,
             DOT=dot_dtype(x),
             num_warps=warps,
-            num_stages=4,
+            num_stages=stages,
+            enable_fp_fusion=False,
         )
     return out

@@ -202,6 +202,7 @@ def _norm(
         ADD=add,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
+        enable_fp_fusion=False,
     )
 
 
@@ -224,6 +225,7 @@ def rotate_at(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor) -> Tensor:
             x.stride(1),
             BLOCK=triton.next_power_of_2(width // 2),
             num_warps=1,
+            enable_fp_fusion=False,
         )
     return out
 
@@ -279,4 +281,5 @@ def append_latents(
             GROUP=FP8_GROUP,
             PAIRS=triton.next_power_of_2(pairs),
             num_warps=4,
+            enable_fp_fusion=False,
         )

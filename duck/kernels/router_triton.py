@@ -27,7 +27,7 @@ _BLOCK_K = 256
 _PER_SPLIT = 2  # blocks of k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _logits(
     h,
     gate,
@@ -67,7 +67,7 @@ def _sortable(values, index, SPAN: tl.constexpr):
     return ordered.to(tl.int64) * SPAN + (SPAN - 1 - index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def _choose(
     partials,
     bias,
@@ -187,6 +187,7 @@ def _partials(h: Tensor, gate: Tensor) -> Tensor:
             BLOCK_E=_BLOCK_E,
             BLOCK_K=_BLOCK_K,
             PER_SPLIT=_PER_SPLIT,
+            enable_fp_fusion=False,
         )
     return out
 
@@ -219,5 +220,6 @@ def _chosen(partials: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor, 
             SLOTS=triton.next_power_of_2(rule.count),
             SPLITS=triton.next_power_of_2(splits),
             num_warps=4,
+            enable_fp_fusion=False,
         )
     return ids, weights

@@ -12,7 +12,9 @@ The promises of a Transport:
   and can never land in rows that serve another ask. `Ask.release` gives the row set back after use.
 - A wait ends: with the rows, with `DuckLost` (deadline passed, connection gone, no sign of life, or
   the duck says that it cannot answer), or with `TransportClosed`. After a duck is lost every
-  further ask raises the same `DuckLost` at once.
+  further ask raises the same `DuckLost` at once. Transports over connections meanwhile try to
+  begin a new session with all ducks, and once they have, asks work again; an ask never outlives
+  its session, and nothing that belongs to an older one is ever taken for an answer.
 - `close` may be called twice and with asks in flight, which then raise `TransportClosed`.
 
 Transports import no torch, and know nothing of models: layers are numbers, rows are bytes.
@@ -237,10 +239,12 @@ class AskTable:
         self.labels = labels
         self.open_asks: dict[int, Ask] = {}
         self.lost: dict[int, str] = {}  # duck -> why
+        self.hope = ""  # what is done about the loss, for whoever asks meanwhile
         self.closed = False
         self.late_answers = 0
         self.on_cancel: Callable[[Ask], None] | None = None
         self.on_tick: Callable[[], None] | None = None
+        self.on_lose: Callable[[], None] | None = None
         self._next = 1
         self._loop = asyncio.get_running_loop()
         self._due = self._loop.time() + TICK_S
@@ -269,7 +273,7 @@ class AskTable:
         if self.closed:
             raise TransportClosed("the transport is closed")
         for duck, reason in self.lost.items():
-            raise DuckLost(self.labels[duck], layer, 0.0, reason, index=duck)
+            raise DuckLost(self.labels[duck], layer, 0.0, reason + self.hope, index=duck)
 
     def arrived(self, ask: Ask, duck: int, fragment: int, fragments: int) -> None:
         """A verified fragment lies in the row set; completes the ask when it was the last.
@@ -320,8 +324,24 @@ class AskTable:
         self.lost[duck] = reason
         for ask in tuple(self.open_asks.values()):
             if not ask.gather.has(duck):
-                lost = DuckLost(self.labels[duck], ask.layer, ask.waited_ms, reason, index=duck)
-                self.fail(ask, lost)
+                self._fail_by(ask, duck, reason)
+        if self.on_lose:
+            self.on_lose()
+
+    def _fail_by(self, ask: Ask, duck: int, reason: str) -> None:
+        self.fail(ask, DuckLost(self.labels[duck], ask.layer, ask.waited_ms, reason, index=duck))
+
+    def fail_all(self) -> None:
+        """The session ends by a loss: so do the asks that the lost duck had answered already."""
+        duck, reason = next(iter(self.lost.items()))
+        for ask in tuple(self.open_asks.values()):
+            self._fail_by(ask, duck, reason)
+
+    def reopen(self) -> None:
+        """All ducks are back, in a new session."""
+        assert not self.open_asks
+        self.lost.clear()
+        self.hope = ""
 
     def _tick(self) -> None:
         now = self._loop.time()

@@ -5,11 +5,17 @@ lacks (supply.py), WELCOME, then PING and PONG, so that a duck that computes for
 from one that is frozen. How asks and answers travel is the business of a `Plane`, which HELLO
 names: tcp.py, shm.py. The session's number is the host's choice and the same for all ducks, so an
 ask's bytes are the same for all of them too.
+
+When a duck is lost the session is over: asks end with DuckLost, and in the background the host
+tries, ever more slowly, to begin a new one with all ducks. It has a new number, new nonces and new
+keys, and the plan is agreed on anew, so nothing of the old session counts in it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +24,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import structlog
 
 from duck import __version__, wire
 from duck.config import split_address
-from duck.errors import DuckLost, TransportClosed, TransportError, WireError
+from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
 from duck.placement import Plan
 from duck.seal import ASK_SECRET_BYTES, NONCE_BYTES, SessionKeys
 from duck.transports.base import ASK_ROW_S, ASK_S, TICK_S, Ask, AskTable, Rows
@@ -39,6 +46,10 @@ PROGRESS_S = 120.0
 # Without any byte from a duck for this many ticks it counts as frozen. Ticks, not seconds: while
 # this process itself is held up no tick passes, so a busy host never blames its ducks.
 SILENT_TICKS = 12
+# A flock that has lost a duck is gathered again after so long; twice as long from try to try.
+RETRY_S, LONGEST_RETRY_S = 0.1, 5.0
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +75,10 @@ class Plane(Protocol):
         ...
 
     def start(self, flock: FlockTransport) -> None:
-        """The plan, the session and the table are known; nobody is connected."""
+        """The plan, the session and the table are known; nobody is connected.
+
+        Called again, after `close`, for the session that follows a loss.
+        """
         ...
 
     def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
@@ -105,7 +119,7 @@ class Plane(Protocol):
         ...
 
     def close(self) -> None:
-        """Give everything back; called once, perhaps before `connect`."""
+        """Give everything back; called once for each `start`, perhaps before `connect`."""
         ...
 
 
@@ -119,6 +133,7 @@ class FlockTransport:
         progress: called with (duck, bytes done, bytes in all) while ducks load their slices.
         supply: cuts a layer's file for a duck that lacks it: (duck, layer), see `supply.Sender`.
         credentials: with a cluster key: every duck must have it too, and control is inside TLS.
+        ended: whether a duck's process is known to have ended: it is not waited for then.
     """
 
     def __init__(
@@ -129,50 +144,133 @@ class FlockTransport:
         progress: Callable[[int, int, int], None] | None = None,
         supply: Callable[[int, int], Iterator[memoryview]] | None = None,
         credentials: Credentials | None = None,
+        ended: Callable[[int], bool] = lambda _duck: False,
     ) -> None:
         self.addresses = tuple(addresses)
         self.labels = tuple(labels or (f"duck {d} ({a})" for d, a in enumerate(addresses)))
         self.plane = plane
-        self.session = 0  # drawn anew by `start`
+        self.session = 0  # drawn anew for each session
+        self.sessions = 0  # begun so far
         self.nonce = b""
         self.keys: SessionKeys | None = None  # with credentials: what planes seal their frames by
         self.attached: list[Mapping[str, Any]] = []  # what each duck said in WELCOME
         self._progress, self._supply = progress, supply
-        self._credentials = credentials
-        self._links: list[Link] = []  # every connection made
+        self._credentials, self._ended = credentials, ended
+        self._links: list[Link] = []  # every connection made for this session
+        self._watched: list[tuple[int, Link]] = []  # those whose end is their duck's loss
         self._control: list[Link] = []
         self._table: AskTable | None = None
+        self._connected = False  # the plane is started, and perhaps connections are made
+        self._mending: asyncio.Task[None] | None = None
+        self._random = random.Random()
 
     async def start(self, plan: Plan) -> None:
         """Shake hands with every duck at once; all of them hold their slices when this returns."""
         assert plan.ducks == len(self.addresses)
         self.plan = plan
+        self._table = AskTable(plan, self.labels)
+        self._table.on_cancel = self.plane.cancel
+        try:
+            await self._gather()
+        except BaseException:  # also when told to stop
+            await self.close()
+            raise
+        self._table.on_lose = self._mend_soon
+        if self._table.lost:  # while others still shook hands
+            self._mend_soon()
+
+    async def _gather(self) -> None:
+        """Begin a session: its number, nonce and keys, and a handshake with every duck.
+
+        Raises:
+            DuckLost, TransportError, WireError, ConfigError: one cannot be reached, is lost or
+            refuses; or this machine cannot serve the plane. `_hang_up` is then due.
+        """
+        plan, asks = self.plan, self.asks
+        if self.sessions:
+            asks.late_answers += int(self.plane.stats().get("late_answers", 0))
+        self.sessions += 1
         self.session, self.nonce = secrets.randbits(32), secrets.token_bytes(NONCE_BYTES)
         if self._credentials:
             secret = secrets.token_bytes(ASK_SECRET_BYTES)
             self.keys = SessionKeys(self._credentials.key, self.nonce, secret)
-        self._table = AskTable(plan, self.labels)
-        self._table.on_cancel = self.plane.cancel
+        self._links, self._watched, self._control = [], [], []
+        self._connected = True
+        self.plane.start(self)
         try:
-            self.plane.start(self)
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._attach(duck)) for duck in range(plan.ducks)]
-            if self._table.closed:
-                raise TransportClosed("closed while it started")
         except BaseExceptionGroup as group_error:
-            await self.close()
             raise first_error(group_error) from None
-        except BaseException:  # told to stop
-            await self.close()
-            raise
-        for duck, task in enumerate(tasks):
-            welcome = task.result()
-            self.attached.append(welcome.facts)
-            self._control.append(welcome.link)
-            self.watch(welcome.link, duck)
+        if asks.closed:
+            raise TransportClosed("closed while it started")
+        welcomes = [task.result() for task in tasks]
+        self.attached = [welcome.facts for welcome in welcomes]
+        self._control = [welcome.link for welcome in welcomes]
+        for duck, link in enumerate(self._control):
+            self.watch(link, duck)
         self._heard = [-1] * plan.ducks
         self._silent = [0] * plan.ducks
-        self._table.on_tick = self._tick
+        asks.on_tick = self._tick
+
+    def _hang_up(self) -> None:
+        """End the session's connections, which tell nobody of it; the second time nothing."""
+        if not self._connected:
+            return
+        self._connected = False
+        self.asks.on_tick = None
+        for link in self._links:
+            link.on_close = None
+        for duck, link in enumerate(self._control):
+            if duck not in self.asks.lost:
+                link.send({"t": "BYE"})
+                link.transport.close()  # once BYE is sent
+        self.plane.close()
+        for link in self._links:
+            if not link.transport.is_closing():
+                link.abort("closed")
+
+    # after a loss
+
+    def _mend_soon(self) -> None:
+        """A duck was lost: see to it that somebody tries to gather the flock again."""
+        if self._mending is not None and not self._mending.done():
+            return
+        if any(map(self._ended, self.asks.lost)):
+            return
+        self.asks.hope = "; reconnecting"
+        self._mending = asyncio.get_running_loop().create_task(self._mend())
+        self._mending.add_done_callback(_tell_of_failure)
+
+    async def _mend(self) -> None:
+        """Try until all ducks are back in a new session."""
+        asks = self.asks
+        begun = time.perf_counter()
+        for tries in itertools.count(1):
+            await asyncio.sleep(retry_s(tries, self._random.random()))
+            if any(map(self._ended, asks.lost)):
+                asks.hope = ""
+                return
+            asks.fail_all()
+            self._hang_up()
+            try:
+                await self._gather()
+            except (DuckError, OSError) as error:
+                self._hang_up()
+                if asks.closed:
+                    return
+                why = str(error) if isinstance(error, DuckError) else error.strerror or str(error)
+                asks.hope = f"; reconnecting, try {tries} failed: {why}"
+                _log.info("reconnecting", tries=tries, reason=why)
+                continue
+            asks.reopen()
+            for duck, link in self._watched:
+                if link.closed.done():  # while the others still shook hands
+                    asks.lose(duck, link.closed.result())
+            if not asks.lost:
+                seconds = time.perf_counter() - begun
+                _log.info("reconnected", tries=tries, session=self.session, seconds=seconds)
+                return
 
     # for planes
 
@@ -184,6 +282,7 @@ class FlockTransport:
 
     def watch(self, link: Link, duck: int) -> None:
         """From now on the duck is lost when this connection ends."""
+        self._watched.append((duck, link))
         link.on_close = partial(self.asks.lose, duck)
         if link.closed.done():  # before we looked
             self.asks.lose(duck, link.closed.result())
@@ -268,6 +367,10 @@ class FlockTransport:
         label = self.labels[duck]
         try:
             return await self._shake_hands(duck)
+        except wire.Foreign as error:
+            raise WireError(
+                f"{label}: {self.addresses[duck]} is not a duck (it answered {error.began!r})"
+            ) from None
         except WireError as error:  # whatever is wrong, say with whom
             text = str(error)
             raise WireError(text if text.startswith(label) else f"{label}: {text}") from None
@@ -373,24 +476,39 @@ class FlockTransport:
     def stats(self) -> Mapping[str, float]:
         plane = self.plane.stats()
         late = self.asks.late_answers + plane.get("late_answers", 0)
-        return {**plane, "late_answers": late, "rows_free": self.asks.ring.free}
+        return {
+            **plane,
+            "late_answers": late,
+            "rows_free": self.asks.ring.free,
+            "sessions": self.sessions,
+        }
 
     async def close(self) -> None:
         """Say BYE and drop the connections; safe to call twice and with asks in flight."""
         if self._table is None:
             return
-        first = not self._table.closed
-        if first:
-            for duck, link in enumerate(self._control):
-                if duck not in self._table.lost:
-                    link.send({"t": "BYE"})
-                    link.transport.close()  # once BYE is sent
         self._table.close()
-        if first:
-            self.plane.close()
-        for link in self._links:
-            if not link.transport.is_closing():
-                link.abort("closed")
+        try:
+            if self._mending is not None and not self._mending.done():
+                self._mending.cancel()
+                await asyncio.wait([self._mending])
+        finally:
+            self._hang_up()
+
+
+def retry_s(tries: int, jitter: float) -> float:
+    """How long to wait before this try, from 1 on, in seconds.
+
+    jitter: 0 to 1, drawn anew each time: several hosts of one duck should not come together.
+    """
+    longest = min(LONGEST_RETRY_S, RETRY_S * 2.0 ** min(tries, 32))
+    return longest * (1 + jitter) / 2
+
+
+def _tell_of_failure(task: asyncio.Task[None]) -> None:
+    """No error of ours gets lost because nobody waits for the task that met it."""
+    if not task.cancelled() and (error := task.exception()):
+        _log.error("reconnecting_failed", exc_info=error)
 
 
 def nonce_of(message: Mapping[str, Any]) -> bytes:

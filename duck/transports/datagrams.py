@@ -290,8 +290,20 @@ def interface_named(name: str) -> Interface:
                     f"interface {name} has no multicast; choose another, or --transport tcp"
                 )
             return found
+    if name in (other for _, other in socket.if_nameindex()):
+        raise ConfigError(_without_address(name))
     names = ", ".join(dict.fromkeys(other.name for other in known))
-    raise ConfigError(f"no interface {name[:40]!r} with an IPv4 address here; there are {names}")
+    raise ConfigError(f"no interface {name[:40]!r} here; with an IPv4 address there are {names}")
+
+
+def _without_address(name: str) -> str:
+    """Why an interface that has no IPv4 address cannot be used, and what to run."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        flags = struct.unpack_from("H", _ioctl(sock, _SIOCGIFFLAGS, name.encode()), 16)[0]
+    run = f"ip address add ADDRESS/24 dev {name}"
+    if flags & _IFF_UP:
+        return f"interface {name} has no IPv4 address; run: {run}"
+    return f"interface {name} is down and has no IPv4 address; run: {run}; ip link set {name} up"
 
 
 def interface_with(address: str) -> Interface:

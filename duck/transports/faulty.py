@@ -192,9 +192,13 @@ def disturb(table: AskTable, faults: Faults[Note]) -> Callable[[], None]:
             for fragment in range(ask.fragments):
                 arrived(ask, duck, fragment, ask.fragments)
 
+    def end() -> None:
+        pump.end()
+        del table.arrived, table.arrived_whole  # the class's own again
+
     table.arrived = arrived  # type: ignore[method-assign]
     table.arrived_whole = arrived_whole  # type: ignore[method-assign]
-    return pump.end
+    return end
 
 
 class FaultyPlane:
@@ -269,6 +273,7 @@ class FaultyPlane:
     def close(self) -> None:
         for end in self._ends:
             end()
+        self._ends = []
         self._plane.close()
 
 

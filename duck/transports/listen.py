@@ -192,6 +192,8 @@ class ListeningDuck:
     # What somebody who has not shown the key may make us keep, where there is one. A HELLO that has
     # no business here fits, and is told so.
     STRANGE_BYTES = 1 << 14
+    # The same where there is none, until HELLO has come: far above the largest.
+    GREETING_BYTES = 1 << 16
     # A host pings four times a second while its event loop turns. One that has been silent for so
     # long keeps its place until another host needs it.
     SILENT_S = 15.0
@@ -216,7 +218,7 @@ class ListeningDuck:
 
     @property
     def refused(self) -> int:
-        """Peers turned away: wrong bytes, no key, another version, another plan."""
+        """Peers turned away: wrong bytes or none, no key, another version, another plan."""
         return self._refusals.count
 
     async def serve(self, handler: Handler) -> None:
@@ -261,8 +263,8 @@ class ListeningDuck:
     def _judge(self, link: Link, first: bytes) -> Tls | None:
         """Whether a new connection is TLS: control of a host with a key."""
         if not wire.looks_like_tls(first):
-            if self._credentials:  # no more than a plane's greeting is welcome
-                link.limit(self.STRANGE_BYTES)
+            # With a key, no more than a plane's greeting is welcome.
+            link.limit(self.STRANGE_BYTES if self._credentials else self.GREETING_BYTES)
             return None
         if self._credentials is None:
             raise WireError(
@@ -275,7 +277,7 @@ class ListeningDuck:
         if len(self._strangers) >= self.MAX_STRANGERS:
             oldest = next(iter(self._strangers))
             del self._strangers[oldest]
-            oldest.abort("too many connections that say nothing")
+            self._drop(oldest, "too many connections that say nothing")
         self._strangers[link] = None
         self._start(self._greet(link))
 
@@ -308,7 +310,7 @@ class ListeningDuck:
                 due = " or ".join(["HELLO", *self._greetings])
                 raise WireError(f"{message['t'][:40]!r} where {due} was due")
         except TimeoutError:
-            link.abort(f"said nothing for {self.GREETING_S:.0f} s")
+            self._drop(link, f"said nothing for {self.GREETING_S:.0f} s")
         except TransportError:
             return  # it went away
         except DuckError as error:
@@ -319,16 +321,26 @@ class ListeningDuck:
                 link.transport.close()
 
     def _refuse(self, link: Link, reason: str) -> None:
+        """Turn a peer away, and tell it why."""
+        self._count(link, reason)
+        link.refuse(reason)
+
+    def _drop(self, link: Link, reason: str) -> None:
+        """End a connection that nobody speaks on."""
+        self._count(link, reason)
+        link.abort(reason)
+
+    def _count(self, link: Link, reason: str) -> None:
         unlogged = self._refusals.note(self._loop.time())
         if unlogged is not None:
             more = {"unlogged": unlogged} if unlogged else {}
             _log.warning("refused", peer=link.peer, reason=reason, **more)
-        link.refuse(reason)
 
     # hosts
 
     async def _control(self, link: Link, hello: Mapping[str, Any]) -> None:
         """HELLO has come: check it, attach, WELCOME, and listen until the host goes."""
+        link.limit(wire.CONTROL_LIMIT)  # layers come in pieces
         version = _common_version(hello)
         session = self._session(link, hello)
         plane = self._plane(hello)

@@ -33,7 +33,7 @@ import numpy as np
 import structlog
 
 from duck import wire
-from duck.config import Network, group_address
+from duck.config import MAX_MTU, MIN_MTU, Network, group_address
 from duck.errors import ConfigError, DuckError, TransportError, WireError
 from duck.reliable import EVERYONE, Cut, DuckHalf, HostHalf, Lost, Run, Send
 from duck.seal import Opener, Sealer, overhead
@@ -149,17 +149,16 @@ class MulticastPlane:
         make_socket: Callable[..., UdpSocket] = UdpSocket,
     ) -> None:
         network = network or Network()
-        self._nics: dict[str, Nic] = {}  # by the interface's address
         groups = network.groups or ("",) * len(network.interfaces)
         pairs = zip(network.interfaces, groups, strict=True)
         self._chosen = {(nic := interface_named(name)).address: (nic, at) for name, at in pairs}
         self._mtu = network.mtu
         self._make_socket = make_socket
         self._tcp = TcpPlane()
-        self._closed = False
 
     def start(self, flock: FlockTransport) -> None:
-        self._flock = flock
+        self._flock, self._closed = flock, False
+        self._nics: dict[str, Nic] = {}  # by the interface's address
         self._tcp.start(flock)
         self._loop = asyncio.get_running_loop()
         plan = flock.plan
@@ -179,6 +178,7 @@ class MulticastPlane:
         self._arriving: dict[int, memoryview] = {}
         self._spare: list[memoryview] = []
         self._heard = [0] * plan.ducks
+        self._warned: set[int] = set()  # ducks that multicasts do not reach
         self._agreed: asyncio.Future[None] = self._loop.create_future()
         self._pinged: dict[int, float] = {}  # numbers of the last PINGs, and when they were sent
         self._pongs: set[tuple[int, int]] = set()  # (number, duck), while sizes are tried
@@ -254,12 +254,24 @@ class MulticastPlane:
 
     async def _agree(self) -> None:
         """Find the largest datagrams that every duck gets and sends; tell them the cut."""
-        mtu = self._mtu or min(nic.interface.mtu for nic in self._nics.values())
+        smallest = min((nic.interface for nic in self._nics.values()), key=lambda one: one.mtu)
+        if self._mtu and self._mtu > smallest.mtu:
+            raise TransportError(
+                f"flock.toml: [host] mtu {self._mtu} is more than the {smallest.mtu} bytes that "
+                f"interface {smallest.name} sends: choose less, leave it out, or run: "
+                f"ip link set {smallest.name} mtu {self._mtu}"
+            )
+        mtu = self._mtu or smallest.mtu
+        if mtu < MIN_MTU:
+            raise TransportError(
+                f"interface {smallest.name} sends packets of {mtu} bytes at most, want {MIN_MTU}; "
+                f"run: ip link set {smallest.name} mtu {ETHERNET_MTU}, or use --transport tcp"
+            )
         smaller = () if self._mtu else (ETHERNET_MTU, TUNNEL_MTU)
-        tries = [Cut.for_mtu(mtu), *(Cut.for_mtu(size) for size in smaller if size < mtu)]
+        tries = [mtu, *(size for size in smaller if size < mtu)]
         silent: set[int] = set()
-        for cut in tries:
-            last = cut is tries[-1]
+        for size in tries:
+            cut, last = Cut.for_mtu(size), size == tries[-1]
             silent = await self._reach(cut, 0, _LAST_TRY_S if last else _TRY_S)
             if not silent:
                 silent = await self._reach(cut, cut.payload_bytes, _LAST_TRY_S)
@@ -269,11 +281,12 @@ class MulticastPlane:
                 return
         duck = min(silent)
         nic = self._nic_of[duck]
+        sizes = " or ".join(str(min(size, MAX_MTU)) for size in tries)
         raise TransportError(
-            f"{self._flock.labels[duck]} answers on TCP, but no datagram of "
-            f"{tries[-1].datagram_bytes} bytes went to group {nic.group[0]} on "
-            f"{nic.interface.name} and back in {_LAST_TRY_S:.0f} s: let UDP pass the firewalls and "
-            "multicast pass the switches, or use --transport tcp"
+            f"{self._flock.labels[duck]} answers on TCP, but no UDP packet of {sizes} bytes went "
+            f"to group {nic.group[0]} on {nic.interface.name} and back in {_LAST_TRY_S:.0f} s: let "
+            "UDP pass the firewalls and multicast pass the switches; if a cable on the way carries "
+            f"less, set mtu ({MIN_MTU} or more) under [host] in flock.toml; or use --transport tcp"
         )
 
     async def _reach(self, cut: Cut, use: int, patience_s: float) -> set[int]:
@@ -394,7 +407,8 @@ class MulticastPlane:
             self._heard[duck] += 1
             if head.kind == wire.Kind.RNACK:
                 self._half.rnack(duck, head, payload, now)
-                if self._half.missed[duck] == _MISSED:
+                if self._half.missed[duck] == _MISSED and duck not in self._warned:
+                    self._warned.add(duck)
                     _log.warning(
                         "multicasts_do_not_arrive", duck=self._flock.labels[duck],
                         group=self._nic_of[duck].group[0],

@@ -167,7 +167,6 @@ class ShmPlane:
     def __init__(self) -> None:
         self._opened = contextlib.ExitStack()
         self._memory: Memory | None = None
-        self._late = self._wakeups = self._signals = 0
 
     def start(self, flock: FlockTransport) -> None:
         """Make the memory.
@@ -179,6 +178,7 @@ class ShmPlane:
             raise ConfigError("--transport shm needs Linux: use --transport tcp")
         self._flock = flock
         self._loop = asyncio.get_running_loop()
+        self._late = self._wakeups = self._signals = 0
         ducks = flock.plan.ducks
         layout = Layout(flock.plan)
         self._file = _memory_file(layout.nbytes)

@@ -227,7 +227,9 @@ class TcpDuckPlane:
     def greet(self, link: Link, message: Mapping[str, Any]) -> None:
         feed = self._feeds.get(wire.field(message, "token", bytes))
         if feed is None or feed.link is not None:
-            raise WireError("DATA: no such session, or it has its data connection already")
+            raise WireError(
+                "DATA: a data greeting with an unknown word, or one that was used before"
+            )
         feed.carry(link)
 
 

@@ -176,6 +176,8 @@ class Tls:
                 return b""
             if not wire.looks_like_tls(self._begin):
                 self._broken = True
+                if began := wire.first_words(self._begin):
+                    raise wire.Foreign(began)
                 raise WireError(
                     f"the {self._peer} uses no key, this {self._own.role.value} does: "
                     "give both the same --key-file"

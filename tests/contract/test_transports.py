@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, Wi
 from duck.flock import Flock, FlockAsk
 from duck.transports import listen
 from duck.transports.base import SMALL_SETS
-from tests.flocks import MAKERS, WAIT_S, FakeFlock, fake_flock
+from duck.transports.control import FlockTransport
+from tests.flocks import KEY, MAKERS, WAIT_S, FakeDuck, FakeFlock, fake_flock, listening
 
 pytestmark = pytest.mark.parametrize("kind", MAKERS)
 
@@ -415,6 +416,130 @@ async def test_ducks_of_another_version(kind: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(WireError, match=r"duck \d .*speaks protocol .*install the same version"):
         async with fake_flock(kind):
             pass
+
+
+# --- coming back
+
+
+@pytest.fixture
+def remote(kind: str, flock: FakeFlock) -> FlockTransport:
+    """The flock's transport, whose ducks are behind connections."""
+    if not isinstance(flock.transport, FlockTransport):
+        pytest.skip("a duck inside the host has no connection to lose")
+    return flock.transport
+
+
+async def _lose(flock: FakeFlock, cut: Callable[[], object]) -> None:
+    """Cut while three asks fly: one that all owe, one that only the lost duck owes, one it has
+    answered.
+    """
+    flock.ducks[0].hold(3)
+    flock.ducks[1].hold(2)
+    asks = [(await flock.ask(3))[0]]
+    while asks[0].gather.missing != (0,):  # noqa: ASYNC110 (the others may be slow)
+        await asyncio.sleep(0.001)
+    asks += [(await flock.ask(2, rows))[0] for rows in (1, 16)]
+    waiters = _waiters(asks)
+    cut()
+    async with asyncio.timeout(WAIT_S):
+        for waiter in waiters:
+            with pytest.raises(DuckLost) as caught:
+                await waiter
+            assert caught.value.index == 1
+    for duck in flock.ducks:
+        duck.let_go()
+
+
+async def _works_as_before(flock: FakeFlock) -> None:
+    first, want = await flock.again(4, 2)
+    np.testing.assert_array_equal((await first).partials(2), want)
+    first.release()
+    for layer, rows in ((2, 1), (3, 16), (4, 4)) * 2:
+        ask, want = await flock.ask(layer, rows)
+        np.testing.assert_array_equal((await ask).partials(rows), want)
+        ask.release()
+
+
+async def test_a_lost_connection_is_made_again(flock: FakeFlock, remote: FlockTransport) -> None:
+    before, nonce, keys = remote.session, remote.nonce, remote.keys
+    await _lose(flock, lambda: remote._control[1].transport.abort())
+    with pytest.raises(DuckLost, match="connection closed; reconnecting") as caught:
+        await flock.ask(5)
+    assert (caught.value.index, caught.value.layer, caught.value.waited_ms) == (1, 5, 0)
+    await _works_as_before(flock)
+    assert remote.session != before
+    assert remote.nonce != nonce
+    assert keys is None or remote.keys is not keys
+    assert flock.transport.stats()["sessions"] == 2
+    # As often as it takes, and every duck keeps what it holds.
+    await _lose(flock, lambda: remote._control[1].transport.abort())
+    await _works_as_before(flock)
+    assert flock.transport.stats()["sessions"] == 3
+    assert [facts["warm"] for facts in remote.attached] == [True] * 3
+
+
+async def test_a_duck_that_starts_again_at_its_address(
+    kind: str, flock: FakeFlock, remote: FlockTransport
+) -> None:
+    key = KEY if "key" in kind else None
+    assert flock.ducks[1].die
+    await _lose(flock, flock.ducks[1].die)
+    async with asyncio.timeout(WAIT_S):
+        while "failed: cannot reach duck 1" not in remote.asks.hope:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    with pytest.raises(DuckLost, match=r"reconnecting, try \d+ failed: cannot reach duck 1"):
+        await flock.ask(5)
+    async with listening(flock.ducks[1], remote.addresses[1], key=key):
+        await _works_as_before(flock)
+        await remote.close()
+
+
+async def test_another_duck_at_its_address(
+    kind: str, flock: FakeFlock, remote: FlockTransport
+) -> None:
+    """The plan is agreed on anew: what refuses it is not taken for the duck that was lost."""
+    key = KEY if "key" in kind else None
+    assert flock.ducks[1].die
+    await _lose(flock, flock.ducks[1].die)
+
+    async def refuse(*_: Any) -> dict[str, Any]:
+        raise DuckError("this is another model")
+
+    other = FakeDuck(1)
+    other.attach = refuse  # type: ignore[method-assign]
+    async with listening(other, remote.addresses[1], key=key), asyncio.timeout(WAIT_S):
+        while "this is another model" not in remote.asks.hope:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        with pytest.raises(DuckLost, match=r"reconnecting, try .* this is another model"):
+            await flock.ask(5)
+
+
+async def test_close_while_it_reconnects(flock: FakeFlock, remote: FlockTransport) -> None:
+    tasks = asyncio.all_tasks()
+    assert flock.ducks[1].die
+    await _lose(flock, flock.ducks[1].die)
+    async with asyncio.timeout(WAIT_S):
+        while remote.sessions < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await asyncio.gather(remote.close(), remote.close())
+    with pytest.raises(TransportClosed):
+        await flock.ask(5)
+    assert asyncio.all_tasks() <= tasks
+
+
+async def test_only_a_process_that_lives_is_waited_for(
+    flock: FakeFlock, remote: FlockTransport
+) -> None:
+    remote._ended = lambda duck: duck == 1
+    assert flock.ducks[1].die
+    flock.ducks[1].hold(2)
+    ask, _ = await flock.ask(2)
+    flock.ducks[1].die()
+    with pytest.raises(DuckLost):
+        await ask
+    with pytest.raises(DuckLost, match=r"connection [^;]*$"):
+        await flock.ask(5)
+    assert remote._mending is None
 
 
 # --- closing

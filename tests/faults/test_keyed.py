@@ -128,6 +128,21 @@ async def test_keys_that_do_not_fit(
     assert not duck.attached
 
 
+async def test_a_server_that_is_no_duck() -> None:
+    """It is told from a duck without a key."""
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nServer: pond\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        told = rf"{address} is not a duck \(it answered 'HTTP/1.1 400 Bad Request'\)$"
+        with pytest.raises(WireError, match=told):
+            async with attached(address, Credentials(KEY, Role.HOST)):
+                pass
+
+
 async def test_a_duck_of_another_cluster_learns_nothing(duck: FakeDuck) -> None:
     """Not even the plan: HELLO waits for the duck's certificate."""
     heard = bytearray()
@@ -204,7 +219,7 @@ async def test_a_stranger_cannot_make_a_duck_keep_much(
 async def test_a_data_connection_inside_tls(served: tuple[str, ListeningDuck]) -> None:
     peer = await Peer.connect(served[0], HOST)
     peer.say("DATA", token=TOKEN)
-    assert "no such session" in (await peer.hear())["text"]
+    assert "unknown word" in (await peer.hear())["text"]
     control = await Peer.connect(served[0], HOST)
     control.say("HELLO", **hello(PLAN, ask_secret=SECRET))
     token = (await control.hear())["plane"]["token"]

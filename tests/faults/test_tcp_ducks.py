@@ -115,7 +115,11 @@ def _writes(data: bytes) -> Callable[[Peer, dict[str, Any]], Awaitable[None]]:
         (_says({"t": "OK"}), r"sent 'OK' where WELCOME was due"),
         (_says({"t": "LOADING", "done": "x", "total": 1}), "field 'done'"),
         (_says(*[{"t": "LOADING", "done": 1, "total": 1}] * 200), "unread control messages"),
-        (_writes(b"SSH-2.0-OpenSSH_9.2p1\r\n"), r": control message of"),
+        (
+            _writes(b"SSH-2.0-OpenSSH_9.2p1\r\n"),
+            r"127\.0\.0\.1:\d+ is not a duck \(it answered 'SSH-2.0-OpenSSH_9.2p1'\)$",
+        ),
+        (_writes(b"\0\0\1\1HTTP"), r": control message of 16842752 bytes, at most 1048576"),
     ],
 )
 async def test_answers_to_hello_that_are_none(script: Any, told: str) -> None:

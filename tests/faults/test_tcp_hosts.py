@@ -82,13 +82,17 @@ async def _until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (b"GET / HTTP/1.1\r\nHost: pond\r\n\r\n", "at most 1048576"),
-        (b"\xff\xff\xff\xff", "at most 1048576"),
-        ((wire.CONTROL_LIMIT + 1).to_bytes(4, "little"), "at most 1048576"),
+        (b"GET / HTTP/1.1\r\nHost: pond\r\n\r\n", "another protocol, which begins 'GET / HTTP"),
+        (b"\xff\xff\xff\xff", "at most 65536"),
+        ((1 << 16 | 1).to_bytes(4, "little"), "of 65537 bytes, at most 65536"),
         (b"\4\0\0\0junk", "no msgpack"),
         (b"\1\0\0\0\x80", "without a kind"),
         (wire.encode_control({"t": "WHO" * 100}), "where HELLO or DATA was due"),
-        (wire.encode_control({"t": "DATA", "token": b"guess"}), "no such session"),
+        (wire.encode_control({"t": "DATA", "token": b"guess"}), "with an unknown word"),
+        (
+            wire.encode_control({"t": "DATA", "token": b"guess"}) + bytes(range(32)) * 9,
+            "with an unknown word, or one that was used before",
+        ),
         (wire.encode_control({"t": "DATA"}), "field 'token'"),
         (wire.encode_control({"t": "HELLO"}), "field 'v'"),
     ],
@@ -113,6 +117,7 @@ async def test_a_thousand_connections_that_say_nothing(served: tuple[str, Listen
     # An honest host is served at once, not when the silent ones have timed out.
     await _serves(address)
     assert len(end._strangers) <= 32
+    assert 1000 - 32 <= end.refused <= 1000
     for peer in silent:
         peer.close()
     await _until(lambda: not end._strangers)
@@ -123,9 +128,27 @@ async def test_a_peer_that_connects_and_stalls(served: tuple[str, ListeningDuck]
     end.GREETING_S = 0.05
     silent, slow = await Peer.connect(address), await Peer.connect(address)
     slow.writer.write(wire.encode_control({"t": "HELLO", **hello(PLAN)})[:-1])
-    assert await silent.ended()
-    assert await slow.ended()
+    with capture_logs() as logs:
+        assert await silent.ended()
+        assert await slow.ended()
+    assert end.refused == 2
+    told = [(entry["event"], entry["reason"]) for entry in logs if entry["event"] == "refused"]
+    assert told == [("refused", "said nothing for 0 s")] * 2
     end.GREETING_S = WAIT_S
+
+
+async def test_what_a_stranger_may_make_a_duck_keep(served: tuple[str, ListeningDuck]) -> None:
+    """Until it has said HELLO, far less than a host may; every one of them is counted."""
+    address, end = served
+    for strange in range(3):
+        peer = await Peer.connect(address)
+        peer.writer.write(wire.encode_control({"t": "X", "x": bytes(1 << 19)}))
+        assert "at most 65536" in (await peer.hear())["text"]
+        assert await peer.ended()
+        assert end.refused == strange + 1
+    async with Host.attached(address, PLAN) as host:  # and a host then
+        host.control.say("PING", x=bytes(1 << 19))
+        assert (await host.control.hear())["t"] == "PONG"
 
 
 # --- HELLO
@@ -145,7 +168,7 @@ async def test_a_peer_that_connects_and_stalls(served: tuple[str, ListeningDuck]
         ({"plan": [1]}, "field 'plan' is list"),
         ({"plan": {}}, "plan: field"),
         ({"plan": {**PLAN.to_wire(), "hidden": -1}}, "hidden is -1"),
-        ({"plan": {**PLAN.to_wire(), "ask_dtype": "x" * 500_000}}, "wire dtypes xxxx"),
+        ({"plan": {**PLAN.to_wire(), "ask_dtype": "x" * 50_000}}, "wire dtypes xxxx"),
         ({"plan_hash": "0" * 64}, "does not match its hash"),
         ({"plan_hash": None}, "does not match its hash"),
         ({"slice_hash": "0" * 64}, "another slice layout"),
@@ -520,7 +543,7 @@ async def test_data_connections_of_nobody(served: tuple[str, ListeningDuck]) -> 
         ):
             peer = await Peer.connect(address)
             peer.say("DATA", token=token)
-            assert "no such session, or it has" in (await peer.hear())["text"]
+            assert "unknown word, or one that was used" in (await peer.hear())["text"]
             assert await peer.ended()
         host.data.writer.write(host.ask())  # the rightful one still works
         await host.data.frame()

@@ -10,7 +10,7 @@ from duck.kernels import attention_triton
 from duck.kernels.attention_triton import Tiling, attend, attend_latents, heads_linear
 from duck.kernels.reference.device import attend_absorbed, attend_selected
 from duck.model.cache import Fp8Rows, LayerRows, PlainRows
-from tests.kernels.compare import close
+from tests.kernels.comparing import assert_alike
 
 CPU = torch.device("cpu")
 HEADS, NOPE, ROPE, VALUE = 20, 6, 4, 5  # no multiple of 16 anywhere
@@ -61,7 +61,7 @@ def test_dense(kind: str, dtype: torch.dtype, rows: int, position: int, rank: in
     )
     got = attend(q_nope, q_pe, store.held(0, 0, 1), wk, wv, SCALE, position_of(position))
     assert got.dtype == dtype
-    close(got, expected, 2e-6 if dtype == torch.float32 else 3e-2)
+    assert_alike(got, expected, 2e-6 if dtype == torch.float32 else 3e-2)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8"])
@@ -81,7 +81,7 @@ def test_selected(kind: str, rows: int, count: int) -> None:
     got = attend(
         q_nope, q_pe, store.held(0, 0, 1), wk, wv, SCALE, position_of(position), wide[:, :count]
     )
-    close(got, expected, 2e-6)
+    assert_alike(got, expected, 2e-6)
 
 
 @pytest.mark.parametrize("kind", ["fp8"])
@@ -121,7 +121,7 @@ def test_other_tilings(tiles: Tiling) -> None:
     store.write(0, 0, random(90, 24 + ROPE, seed=3))
     got = attend_latents(folded, q_pe, store.held(0, 0, 1), SCALE, position_of(80), None, tiles)
     expected = attend_latents(folded, q_pe, store.held(0, 0, 1), SCALE, position_of(80))
-    close(got, expected, 2e-6)
+    assert_alike(got, expected, 2e-6)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of inf - inf
@@ -146,7 +146,7 @@ def test_what_is_not_finite_stands_where_the_reference_has_it(
     expected = attend_absorbed(q_nope, q_pe, store.read(0, 72), wk, wv, SCALE, 70)
     assert place == "beyond" or not expected.isfinite().all()
     got = attend(q_nope, q_pe, store.held(0, 0, 1), wk, wv, SCALE, position_of(70))
-    close(got, expected, 2e-6)
+    assert_alike(got, expected, 2e-6)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -156,7 +156,7 @@ def test_a_part_without_a_finite_score_is_left_out() -> None:
     held[:32, 16] = float("-inf")  # scores of -inf: no weight
     got = attend_latents(folded, q_pe, held, SCALE, position_of(63))
     expected = attend_latents(folded, q_pe, held[32:], SCALE, position_of(31))
-    close(got, expected, 2e-6)
+    assert_alike(got, expected, 2e-6)
     held[:, 16] = float("-inf")
     assert attend_latents(folded, q_pe, held, SCALE, position_of(63)).isnan().all()
 
@@ -169,8 +169,8 @@ def test_heads_linear(rows: int, width: int, size: int, dtype: torch.dtype) -> N
     weight = random(3, size, width, seed=1).to(dtype)
     expected = torch.einsum("thk,hnk->thn", x.double(), weight.double())
     tolerance = 2e-6 if dtype == torch.float32 else 1e-2
-    close(heads_linear(x, weight), expected, tolerance)
+    assert_alike(heads_linear(x, weight), expected, tolerance)
     turned = weight.transpose(1, 2).contiguous().transpose(1, 2)
-    close(heads_linear(x, turned), expected, tolerance)
+    assert_alike(heads_linear(x, turned), expected, tolerance)
     if rows <= attention_triton.MOST_ROWS:
         assert torch.equal(heads_linear(x[:1], weight)[0], heads_linear(x, weight)[0])

@@ -18,7 +18,7 @@ from duck.kernels.reference.device import (
     select_keys,
 )
 from duck.model.cache import Fp8Rows, LayerRows, PlainRows
-from tests.kernels.compare import close
+from tests.kernels.comparing import assert_alike
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_keys(fp8: bool, width: int, half: int, interleaved: bool) -> None:
         assert (store.held(0, 0, 1) != expected.held(0, 0, 1)).sum() <= 2
         assert ((got - want).abs() <= want.abs() / 7).all()
     else:
-        close(got, want, 1e-6)
+        assert_alike(got, want, 1e-6)
 
 
 @pytest.mark.parametrize("fp8", [True, False])
@@ -99,10 +99,10 @@ def test_queries(fp8: bool, heads: int, width: int, interleaved: bool) -> None:
         plain = form.unpack(form.pack(plain))
         assert query.dtype == torch.bfloat16
         # Unit and weight are one number: compare what comes of both.
-        close(query.float() * weights[..., None], plain * care[..., None], 2e-6)
+        assert_alike(query.float() * weights[..., None], plain * care[..., None], 2e-6)
     else:
-        close(query, plain, 1e-6)
-        close(weights, care, 2e-6)
+        assert_alike(query, plain, 1e-6)
+        assert_alike(weights, care, 2e-6)
 
 
 def held_keys(fp8: bool, keys: Tensor, capacity: int) -> LayerRows:
@@ -135,7 +135,7 @@ def test_scores(fp8: bool, rows: int, heads: int, width: int) -> None:
     expected = index_scores(meant, weights, store.read(0, capacity))
     for t in range(rows):
         seen = position + t + 1
-        close(got[t, :seen], expected[t, :seen], 2e-6)
+        assert_alike(got[t, :seen], expected[t, :seen], 2e-6)
         assert (got[t, seen : position + rows] == float("-inf")).all()
         alone = indexer_triton.scores(
             query[t : t + 1],
@@ -164,8 +164,8 @@ def test_scores_of_what_is_not_finite(fp8: bool, value: float) -> None:
     expected[0, 32] = -math.inf
     assert torch.equal(got[:, 7], expected[:, 7])
     assert abs(float(got[0, 7])) >= 3e38 or not math.isfinite(value)
-    close(got[:, :7], expected[:, :7], 2e-6)
-    close(got[:, 8:33], expected[:, 8:], 2e-6)
+    assert_alike(got[:, :7], expected[:, :7], 2e-6)
+    assert_alike(got[:, 8:33], expected[:, 8:], 2e-6)
 
 
 def by_sorting(values: Tensor, position: int, count: int) -> list[list[int]]:

@@ -170,7 +170,9 @@ def test_one_duck_behind_smaller_packets_decides_for_all(
 
 def test_a_duck_that_hears_no_datagrams_is_refused_by_name(pond: Pond) -> None:
     async def main() -> None:
-        with pytest.raises(TransportError, match=r"duck 1 \(.*answers on TCP, but no datagram"):
+        with pytest.raises(
+            TransportError, match=r"duck 1 \(.*answers on TCP, but no UDP packet of 1500 or"
+        ):
             async with attached(pond):
                 pass
 
@@ -253,6 +255,39 @@ def test_interfaces_that_will_not_do(pond: Pond) -> None:
         set_link("down")
         asyncio.run(main(e0, ConfigError, "interface e0 is down; run: ip link set e0 up"))
         set_link("up")
+        pond.run("m0", ["ip", "link", "add", "e7", "type", "veth", "peer", "name", "e8"])
+        e7 = Network(("e7",))
+        asyncio.run(main(e7, ConfigError, "e7 is down and has no IPv4 address; run: ip address a"))
+        pond.run("m0", ["ip", "link", "set", "e7", "up"])
+        asyncio.run(main(e7, ConfigError, "interface e7 has no IPv4 address; run: ip address add"))
+        pond.run("m0", ["ip", "link", "del", "e7"])
+
+
+def test_packets_that_do_not_fit(pond: Pond) -> None:
+    """What was tried, and what to set; and that it helps."""
+
+    async def main(network: Network | None, told: str = "") -> None:
+        if not told:
+            async with attached(pond, network) as rounds:
+                await rounds.run(10)
+            return
+        with pytest.raises(TransportError, match=told):
+            async with attached(pond, network):
+                pass
+
+    pond.set_mtu(1500)
+    with pond.on_host():
+        try:
+            large = r"mtu 9000 is more than the 1500 bytes that interface e0 sends: .* mtu 9000$"
+            asyncio.run(main(Network(mtu=9000), large))
+            pond.set_mtu(1000, [2])
+            told = r"duck 2 .*no UDP packet of 1500 or 1280 bytes .* set mtu \(576 or more\) under"
+            asyncio.run(main(None, told))
+            asyncio.run(main(Network(mtu=1000)))
+            pond.set_mtu(500)
+            asyncio.run(main(None, r"e0 sends packets of 500 bytes at most, want 576; run: ip li"))
+        finally:
+            pond.set_mtu(1500)
 
 
 def test_two_interfaces_two_groups() -> None:

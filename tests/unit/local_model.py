@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duck.kernels.device import Kernels
+from duck.kernels.device import Kernels, pick
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
 from duck.model.indexer import Indexer
@@ -22,16 +22,22 @@ class LocalModel:
     """`duck.model` with its experts in the same process."""
 
     def __init__(
-        self, folder: Path, dtype: str = "float32", kernels: Kernels | None = None, **options: Any
+        self,
+        folder: Path,
+        dtype: str = "float32",
+        *,
+        kernels: str | Kernels = "auto",
+        **options: Any,
     ) -> None:
-        """kernels: None are the device's. options: as Holding.choose has them."""
+        """kernels: as kernels.device.pick has them. options: as Holding.choose has them."""
         self.folder = folder
         self.config = ModelConfig.load(folder)
         checkpoint = Checkpoint.open(folder)
         holding = Holding.choose(self.config, dtype=dtype, **options)
-        self.model = Transformer.load(
-            checkpoint, self.config, holding, device=torch.device("cpu"), kernels=kernels
-        )
+        cpu = torch.device("cpu")
+        if isinstance(kernels, str):
+            kernels = pick(cpu, kernels)
+        self.model = Transformer.load(checkpoint, self.config, holding, device=cpu, kernels=kernels)
         columns = range(self.config.moe_intermediate_size)
         self.experts = {
             (layer, expert): [

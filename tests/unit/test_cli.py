@@ -100,6 +100,19 @@ IDS = ("--prompt-ids", "5,6,7")
         (("generate", "MODEL", *IDS, "--key-file", "none.key"), "none.key: No such file"),
         (("generate", "MODEL", *IDS, "--key-file", ""), "--key-file is empty"),
         (("generate", "MODEL", *IDS, "--key-file", __file__), "chmod 600"),
+        (
+            ("generate", "MODEL", *IDS, "--transport", "loopback", "--key-file", "x"),
+            "inside this process, and no wire to seal: leave out --key-file",
+        ),
+        (
+            ("generate", "MODEL", *IDS, "--tail"),
+            "unrecognized arguments: --tail (see duck generate ",
+        ),
+        (("bench", "transport", "--tail"), "--tail (see duck bench transport --help)"),
+        (
+            ("node", "--listen", "no.such.name.invalid:1", "--model", "MODEL"),
+            "cannot listen on no.such.name.invalid:1: ",
+        ),
         (("key", ""), "FILE is empty"),
         (("key", __file__), "exists already"),
         (("node", "--listen", "127.0.0.1", "--model", "MODEL"), "want HOST:PORT"),
@@ -262,7 +275,7 @@ def test_flock_toml(capfd: pytest.CaptureFixture[str], folder: Path, tmp_path: P
         ('[[duck]]\naddress = "127.0.0.1:1"\nweight = 0\n', "weight 0: want a number above 0"),
         (
             '[host]\nkey_file = "k"\n[[duck]]\naddress = "127.0.0.1:1"\n',
-            "k: No such file",
+            "flock.toml: [host] key_file",
         ),
         ("not toml", "flock.toml"),
         ('[[duck]]\nname = "kitchen"\naddress = "127.0.0.1:1"\n', "cannot reach duck 0 (kitchen"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,14 @@ def test_flock_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: No such file"):
         Ducks.parse(str(tmp_path / "none.toml"))
     (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(ConfigError, match=r"folder\.toml: Is a directory"):
+    with pytest.raises(ConfigError, match=r"folder\.toml: it is a folder"):
         Ducks.parse(str(tmp_path / "folder.toml"))
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match=r"pipe\.toml: it is a pipe, want a regular file"):
+        Ducks.parse(str(tmp_path / "pipe.toml"))
+    (tmp_path / "latin.toml").write_bytes(b"# \xe4\n")
+    with pytest.raises(ConfigError, match=r"latin\.toml: 'utf-8' codec"):
+        Ducks.parse(str(tmp_path / "latin.toml"))
 
 
 def test_split_address() -> None:

@@ -159,7 +159,9 @@ def test_interfaces() -> None:
     assert found.up
     assert found.multicast  # although it says that it has none
     assert found.mtu >= 1500
-    with pytest.raises(ConfigError, match=rf"no interface 'pond7' .* there are .*{found.name}"):
+    with pytest.raises(
+        ConfigError, match=rf"no interface 'pond7' here; .* there are .*{found.name}"
+    ):
         interface_named("pond7")
     with pytest.raises(TransportError, match=r"no interface has the IPv4 address 192\.0\.2\.77"):
         interface_with("192.0.2.77")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ async def test_stats_hold_what_the_contract_names(folder: Path) -> None:
     assert 0 < stats["device_busy"] <= 1
     assert 0 < stats["ducks_busy"] <= 1
     assert 0 < stats["expert_overlap"] < 1
+
+
+async def test_what_goes_on_can_be_seen_while_it_does(folder: Path) -> None:
+    busy = ("device_busy", "ducks_busy", "overlap_efficiency", "expert_overlap")
+    async with Engine.open(folder, transport="loopback", schedule="wave") as engine:
+        idle = engine.stats()
+        assert [idle[name] for name in (*busy, "sessions")] == [0] * 5
+        async with aclosing(engine.stream(PROMPT, GREEDY)) as pieces:
+            async for _ in pieces:
+                live = engine.stats()
+        assert live["schedule"] == "wave"
+        assert (live["transport"], live["ducks"]) == ("loopback", 2)
+        assert all(0 < live[name] <= 1 for name in ("device_busy", "ducks_busy"))
+        assert all(0 <= live[name] <= 1 for name in busy)
 
 
 async def test_stop_texts_and_eos(folder: Path) -> None:

@@ -144,9 +144,12 @@ def test_space_around_a_key_is_no_harm(tmp_path: Path) -> None:
 def test_no_file_is_no_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"No such file.*duck key"):
         ClusterKey.read(tmp_path / "none.key")
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="it is a folder, want a regular file"):
         ClusterKey.read(tmp_path)
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="it is a device, want"):
         ClusterKey.read(Path(os.devnull))
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(ConfigError, match="pipe: it is a pipe, want a regular file; make one"):
+        ClusterKey.read(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="key-file"):
         ClusterKey.read(Path("a\0b"))

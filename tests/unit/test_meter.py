@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from duck.meter import Meter, Stages, Totals, overlap_efficiency
+from duck.meter import Lately, Meter, Stages, Totals, overlap_efficiency
 
 
 def test_times_from_one_and_two_rows() -> None:
@@ -56,6 +56,42 @@ def test_a_duck_cannot_have_taken_longer_than_its_ask() -> None:
     assert stages.totals().wire == 0
 
 
+def test_many_asks_are_taken_in_together() -> None:
+    stages = Stages(ducks=2)
+    for number in range(1, 101):
+        stages.asked(1, number, [(0, 500_000), (0, number * 10_000)])
+    totals = stages.totals()
+    assert totals.each_duck == pytest.approx((50, 50.5))
+    assert totals.ducks == pytest.approx(50 * 0.5 + sum(n / 100 for n in range(51, 101)))
+    assert totals.ducks + totals.wire == pytest.approx(sum(range(1, 101)))
+
+
+def test_lately_is_the_last_seconds_of_work() -> None:
+    stages = Stages(ducks=1)
+    lately = Lately(stages)
+    nothing = dict.fromkeys(
+        ("device_busy", "ducks_busy", "overlap_efficiency", "expert_overlap"), 0.0
+    )
+    assert lately.figures(5.0) == nothing
+    now = 100.0
+    for second in range(40):  # the device is busy in half of each at first, then in a quarter
+        lately.began(now)
+        lately.began(now + 0.2)  # another session's
+        stages.worked("attend", 1, 0.5 if second < 20 else 0.25, late=0.0)
+        stages.asked(1, 0.75, [(0, 750_000)])
+        lately.common(1, 4 if second < 20 else 8)
+        lately.ended(now + 0.5)
+        assert 0 < lately.figures(now + 0.6)["device_busy"] <= 0.5 / 0.6 + 1e-9
+        lately.ended(now + 1.0)
+        now += 60.0  # a pause is no work
+        if second == 19:
+            assert lately.figures(now)["device_busy"] == pytest.approx(0.5)
+            assert lately.figures(now)["expert_overlap"] == 0.25
+    found = lately.figures(now)
+    want = {"device_busy": 0.25, "ducks_busy": 0.75, "expert_overlap": 0.125}
+    assert found == pytest.approx({**want, "overlap_efficiency": 0.0})
+
+
 def test_lateness() -> None:
     stages = Stages(ducks=1)
     assert stages.late_p99_s() == 0
@@ -66,7 +102,7 @@ def test_lateness() -> None:
 
 def test_common_experts() -> None:
     meter = Meter()
-    meter.experts(np.array([[1, 2], [3, 4]]), np.array([[2, 5], [6, 7]]))
+    assert meter.experts(np.array([[1, 2], [3, 4]]), np.array([[2, 5], [6, 7]])) == (1, 4)
     assert (meter.shared_experts, meter.possible_experts) == (1, 4)
     meter.experts(np.array([[1, 2]]))  # a step of one row
     assert meter.possible_experts == 4

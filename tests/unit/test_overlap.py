@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from duck.errors import DuckLost
 from duck.pipeline import Lane
 from duck.plan.closed import ORIGINAL, TUNED, Times
 from duck.plan.simulate import simulate
 from duck.trace import Trace
-from tests.virtual import Did, Emulation, run, stage_seconds
+from tests.virtual import Did, Emulation, VirtualAsk, run, stage_seconds
 
 SMALL = replace(TUNED, moe_layers=5, dense_layers=2)
 
@@ -310,7 +311,7 @@ def test_auto_measures_what_is_there_and_takes_the_wave() -> None:
         return meter, emulation.pipeline
 
     meter, pipeline = run(main())
-    assert set(meter.schedules) == {"wave", "batch"}
+    assert set(meter.schedules) == {"wave", "batch", "serial"}
     assert meter.schedules["wave"] > 2 * meter.schedules["batch"]
     times = pipeline.stages.times(TUNED.moe_layers, TUNED.dense_layers)
     for name in ("attend", "second_row", "shared", "expert", "common", "dense", "combine"):
@@ -324,6 +325,76 @@ def test_auto_with_several_sessions_from_the_start(sessions: int) -> None:
     """Then one row alone may never be seen; answers are checked by the emulation."""
     found = run(record(SMALL, schedule="auto", draft="auto", sessions=sessions, tokens=60))
     assert len({who for who, _, _ in found.steps}) == sessions
+
+
+@pytest.mark.parametrize("schedule", ["serial", "batch", "wave"])
+def test_live_figures_are_the_simulations(schedule: str) -> None:
+    """Also in the midst of a step, with the shares of a step; a pause counts for nothing."""
+
+    async def main() -> None:
+        emulation = Emulation(TUNED, schedule=schedule, draft="mtp", early="off")
+        pipeline = emulation.pipeline
+        assert pipeline.stats()["device_busy"] == 0
+        session = emulation.session()
+        await emulation.answer(session, 3, 4, 60)
+        await asyncio.sleep(1000)
+        found = simulate(TUNED, schedule, steps=32)
+        want = {"device_busy": found.device, "ducks_busy": found.ducks, "sessions": 0}
+        stats = pipeline.stats()
+        assert {name: stats[name] for name in want} == pytest.approx(want, abs=0.05)
+        assert stats["schedule"] == schedule
+        assert (stats["overlap_efficiency"] > 0.8) is (schedule == "wave")
+        assert stats["expert_overlap"] == 1  # all rows ask for the same
+        async with asyncio.TaskGroup() as group:
+            group.create_task(emulation.answer(emulation.session(), 5, 4, 40))
+            await asyncio.sleep(0.5)
+            stats = pipeline.stats()
+            want["sessions"] = 1
+            assert {name: stats[name] for name in want} == pytest.approx(want, abs=0.05)
+
+    run(main())
+
+
+@pytest.mark.parametrize("schedule", ["serial", "wave"])
+def test_asks_that_come_to_nothing_are_in_the_trace(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes = 2 if schedule == "wave" else 1
+    asks = run(record(SMALL, schedule=schedule, draft="mtp", early="off", prompt=1)).asks
+    moment = next(
+        at
+        for at in ((ask.start + ask.end) / 2 for ask in asks)
+        if sum(ask.start < at < ask.end for ask in asks) == lanes
+    )
+
+    async def cancelled(trace: Trace) -> None:
+        emulation = Emulation(SMALL, schedule=schedule, draft="mtp", early="off", trace=trace)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(moment):
+                await emulation.answer(emulation.session(), 3, 1, 12)
+
+    trace = Trace(["duck"] * 32)
+    run(cancelled(trace))
+    spans = [span for span in trace.spans() if span.track == "net"]
+    assert [(span.name, span.args["why"]) for span in spans] == [("ask cancelled", "")] * lanes
+    assert all(0 <= span.start < span.end for span in spans)
+
+    async def lost(ask: VirtualAsk) -> None:
+        await asyncio.sleep(1e-4)
+        raise DuckLost("duck 3", 4, 0.1, "gone")
+
+    async def failed(trace: Trace) -> None:
+        emulation = Emulation(SMALL, schedule=schedule, draft="mtp", early="off", trace=trace)
+        with pytest.raises(DuckLost):
+            await emulation.answer(emulation.session(), 3, 4, 12)
+
+    monkeypatch.setattr(VirtualAsk, "arrived", lost)
+    trace = Trace(["duck"] * 32)
+    run(failed(trace))
+    [span] = [span for span in trace.spans() if span.name == "ask failed"]
+    assert (span.track, span.layer) == ("net", 2)
+    assert "lost duck 3" in span.args["why"]
+    assert not trace.asks()
 
 
 def test_auto_where_nothing_takes_time() -> None:

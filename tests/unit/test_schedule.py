@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from duck.plan.closed import ORIGINAL, TUNED, Times, batch, wave
+from duck.plan.closed import ORIGINAL, TUNED, Times, batch, serial, wave
 from duck.schedule import (
     BATCH,
     GAIN,
@@ -101,10 +101,11 @@ def test_no_mtp_layer_no_drafts() -> None:
 def test_auto_tries_one_and_two_rows_first() -> None:
     chooser = auto()
     ways = []
-    for _ in range(2 * PROBE_STEPS):
+    for _ in range(3 * PROBE_STEPS):
         ways.append(chooser.way(1))
         due = chooser.note(ways[-1], 0.1, proposed=1, accepted=1)
-    assert ways == [Way(WAVE, draft=True)] * PROBE_STEPS + [Way(BATCH, draft=True)] * PROBE_STEPS
+    tried = [Way(policy, draft=True) for policy in (WAVE, BATCH, SERIAL)]
+    assert ways == [way for way in tried for _ in range(PROBE_STEPS)]
     assert due
 
 
@@ -119,6 +120,35 @@ def test_auto_tries_one_and_two_rows_first() -> None:
 )
 def test_auto_takes_what_promises_most(at: Times, accept: float, want: Way) -> None:
     assert run(auto(), 40, at, accept=accept) == want
+
+
+@pytest.mark.parametrize("can_draft", [True, False])
+def test_auto_takes_serial_where_overlapping_costs_more_than_it_hides(*, can_draft: bool) -> None:
+    """Device and ducks on the same cores: steps that overlap take longer than any form says."""
+    at = replace(TUNED, common=0.9)  # else a wave hides more than it costs
+    for contention, want in ((1.0, BATCH), (1.2, SERIAL)):
+        chooser = auto(can_draft=can_draft)
+        for _ in range(40):
+            way = chooser.way(1)
+            seconds = (serial if way.policy is SERIAL else batch)(at, draft=way.draft) / 1e3
+            seconds *= 1 if way.policy is SERIAL else contention
+            if chooser.note(way, seconds, proposed=int(way.draft), accepted=int(way.draft)):
+                choice = chooser.decide(way, at, sessions=1)
+                assert "serial" in choice.why
+        assert chooser.way(1) == Way(want, draft=can_draft)
+
+
+def test_serial_is_tried_once() -> None:
+    """What overlapping costs is the machine's; only what the text changes is looked at again."""
+    chooser = auto()
+    seen = []
+    for _ in range(3 * RECHECK_STEPS):
+        way = chooser.way(1)
+        seen.append(way.policy)
+        if chooser.note(way, 1 / tokens_per_second(way, TUNED), proposed=1, accepted=1):
+            chooser.decide(way, TUNED, sessions=1)
+    assert seen.count(SERIAL) == PROBE_STEPS
+    assert seen.count(BATCH) == 3 * PROBE_STEPS
 
 
 def test_auto_may_be_told_to_draft() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from duck import recording
 from duck.cli import main
@@ -16,8 +18,8 @@ from duck.errors import ConfigError
 from duck.plan.closed import TUNED
 from duck.plan.simulate import Busy, simulate
 from duck.recording import Recording, read
-from duck.summary import Summary, summarize
-from duck.trace import LATE, Trace
+from duck.summary import Summary, summarize, tables
+from duck.trace import CANCELLED, FAILED, Trace
 
 DUCKS = 3
 MS = 1e-3
@@ -122,11 +124,29 @@ def test_how_late_the_loop_was_within_steps(tmp_path: Path) -> None:
     trace = played("serial")
     begun, ended = trace.spans()[0].start, trace.spans()[1].end
     for number in range(1000):
-        trace.count(LATE, begun + (ended - begun) * number / 1000, float(number))
-        trace.count(LATE, ended + 1.0, 1e9)
+        at = begun + (ended - begun) * number / 1001 - number / 1e6  # heard within the steps
+        trace.span("device", "attend", at, at, late_us=float(number))
+        trace.span("device", "attend", ended + 1.0, ended + 1.0, late_us=1e9)
     trace.count("another", begun, 1e9)
     assert summarize(recorded(trace, tmp_path)).late_us == 990
     assert summarize(recorded(played("serial"), tmp_path)).late_us is None
+
+
+def test_asks_that_came_to_nothing_are_counted(tmp_path: Path) -> None:
+    trace = played("serial")
+    for number, name in enumerate((FAILED, CANCELLED, CANCELLED)):
+        trace.span("net", name, number * MS, (number + 1) * MS, 3, why="")
+    found, plain = (
+        summarize(recorded(trace, tmp_path)),
+        summarize(recorded(played("serial"), tmp_path)),
+    )
+    assert (found.failed, found.cancelled) == (1, 2)
+    assert (plain.failed, plain.cancelled) == (0, 0)
+    assert found.stages == plain.stages  # nor do they make anything busier
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(tables(found)[0])
+    assert "1; 2 cancelled" in captured.get()
 
 
 def test_the_straggler_has_a_name_and_a_reason(tmp_path: Path) -> None:
@@ -237,6 +257,13 @@ def test_bad_files_are_one_line(
         assert err.count("\n") == 1
 
 
+def test_a_pipe_is_one_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.json")
+    code, out, err = run(capfd, str(tmp_path / "t.json"))
+    assert (code, out) == (2, "")
+    assert err == f"duck: {tmp_path}/t.json: it is a pipe, want a regular file\n"
+
+
 def test_a_file_cut_anywhere_is_one_line(
     file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,7 +311,7 @@ def test_a_file_that_unpacks_to_too_much_is_one_line(
     ("words", "said"),
     [
         (("none.json",), "No such file"),
-        ((".",), "Is a directory"),
+        ((".",), "it is a folder"),
         (("FILE", "--png", "x.png", "--steps", "3"), "--steps '3': want two numbers as 3:6"),
         (("FILE", "--png", "x.png", "--steps", "2:9"), "--steps 2:9: the trace has steps 0:3"),
         (("FILE", "--steps", "0:1"), "--steps chooses what --png draws"),
