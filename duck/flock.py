@@ -9,6 +9,7 @@ import numpy as np
 
 from duck import wire
 from duck.errors import DuckLost, WireError
+from duck.kernels import library
 from duck.placement import Plan
 from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Rows, Transport
 
@@ -45,10 +46,10 @@ class FlockAsk:
         """
         assert self._rows is not None
         partials = self._rows.partials(self._ask.count)
-        total = add_up(partials)
-        if not np.isfinite(total).all():
-            finite = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
-            bad = [str(duck) for duck, good in enumerate(finite) if not good]
+        total, finite = add_up(partials)
+        if not finite:
+            numbers = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
+            bad = [str(duck) for duck, good in enumerate(numbers) if not good]
             raise WireError(
                 f"the answers at layer {self._ask.layer} do not add up to numbers: "
                 + (f"not finite from duck {', '.join(bad)}" if bad else "the sum overflows")
@@ -83,16 +84,15 @@ class FlockAsk:
         return self._ask.done_at
 
 
-def add_up(partials: np.ndarray) -> np.ndarray:
-    """(T, hidden) float32: partial sums (ducks, T, hidden) added in duck order.
-
-    It may overflow, or be made of what is not finite: that is for the caller to look at.
-    """
+def add_up(partials: np.ndarray) -> tuple[np.ndarray, bool]:
+    """(T, hidden) float32: partial sums (ducks, T, hidden) added in duck order; is it finite?"""
+    if library.is_loaded():
+        return library.sum_rows(partials)
     total: np.ndarray = np.array(wire.to_float32(partials[0]))
     with np.errstate(over="ignore", invalid="ignore"):
         for partial in partials[1:]:
             total += wire.to_float32(partial)
-    return total
+    return total, bool(np.isfinite(total).all())
 
 
 class Flock:

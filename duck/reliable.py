@@ -194,6 +194,7 @@ class _Owed:
         "asked_at",
         "due",
         "due_first",
+        "first_at",
         "fragments",
         "full",
         "layer",
@@ -224,6 +225,7 @@ class _Owed:
         self.due = [now + wait for wait in waits]
         self.due_first = min(self.due)  # or earlier
         self.tries = [0] * ducks
+        self.first_at = [0.0] * ducks  # when an answer began to come that was not asked for again
         self.asked_at = [0.0] * ducks  # when a NACK was sent
         self.served_at = [-math.inf] * ducks  # when an RNACK was answered
         # Bits of ducks. Who was asked again for what.
@@ -282,6 +284,10 @@ class HostHalf:
         if owed is None:
             return
         late = sum(1 << duck for duck, missing in enumerate(owed.missing) if missing)
+        for duck, first_at in enumerate(owed.first_at):
+            if first_at:
+                self._answers[duck].sample(first_at - owed.sent_at)
+                self.missed[duck] = 0
         self._past[ticket] = _Past(late, owed.nacked, owed.probed)
         if len(self._past) > self.PAST:
             del self._past[next(iter(self._past))]
@@ -308,18 +314,32 @@ class HostHalf:
                 f"want {owed.answer_bytes} for layer {owed.layer}"
             )
         self._cut.check(run)
-        missing, bits = owed.missing[duck], run.bits
-        fresh = missing & bits
+        bits = run.bits
+        fresh = owed.missing[duck] & bits
         if fresh != bits:
             again = run.fragments - fresh.bit_count()
             self.counts.duplicates += again
             self._needless(duck, 1 << duck, owed.nacked, owed.probed)
             if not fresh:
                 return False
-        mark = 1 << duck
+        self._landed(owed, duck, bits, now)
+        return True
+
+    def missing(self, duck: int, ticket: int) -> int:
+        """The fragments that this duck's answer to an open ask lacks, as bits."""
+        return self._open[ticket].missing[duck]
+
+    def landed(self, duck: int, ticket: int, bits: int, now: float) -> None:
+        """Fragments of the answer to an open ask lie where they belong; none of them did before.
+
+        As `answer` does for whoever has compared their headers with what the ask wants.
+        """
+        self._landed(self._open[ticket], duck, bits, now)
+
+    def _landed(self, owed: _Owed, duck: int, bits: int, now: float) -> None:
+        mark, missing = 1 << duck, owed.missing[duck]
         if missing == owed.full and not (owed.nacked | owed.probed) & mark:
-            self._answers[duck].sample(now - owed.sent_at)
-            self.missed[duck] = 0
+            owed.first_at[duck] = now
         elif owed.nacked & mark and owed.tries[duck] == 1:
             self._echoes[duck].sample(now - owed.asked_at[duck])
         owed.tries[duck] = 0
@@ -329,11 +349,6 @@ class HostHalf:
         elif self._reorder_s[duck]:
             shorter = self._reorder_s[duck] * 0.998
             self._reorder_s[duck] = shorter if shorter > FLOOR_S / 2 else 0.0
-        return True
-
-    def whole(self, duck: int, ticket: int) -> bool:
-        """Whether all fragments of this duck's answer to an open ask are there."""
-        return not self._open[ticket].missing[duck]
 
     def failed(self, duck: int, ticket: int, now: float) -> None:
         """The answer was whole and failed its check: all of it is missing again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from duck.plan import closed
 from duck.plan.closed import Times
@@ -184,9 +185,9 @@ class _Choosing:
         # One row's times come from a wave, or from steps without drafts.
         if len(self.candidates) > 1 and not any(way.policy.apart for way in drafting):
             self._probes += plain
-        # What overlapping costs depends on the machine, not on the text: serial is tried once.
-        self._trials = [way for way in self._probes if way.policy is not SERIAL]
-        self._serial_gain: float | None = None  # a batch's step by a serial one's, once both ran
+        self._trials = list(self._probes)
+        self._serial_gain: float | None = None  # a batch's step by a serial one's, when both ran
+        self._probed: dict[Way, list[float]] = {}  # seconds of the steps of the last trials
         self._tried = 0  # steps of the present trial
         self._age = 0  # steps since the last look
         self._decided = False
@@ -198,7 +199,9 @@ class _Choosing:
     def note(self, way: Way, seconds: float) -> bool:
         self._step_s.setdefault(way, Average()).add(seconds)
         if self._probes:
-            self._tried += way == self._started(self._probes[0])
+            if way == self._started(self._probes[0]):
+                self._probed.setdefault(way, []).append(seconds)
+                self._tried += 1
             if self._tried < PROBE_STEPS:
                 return False
             self._tried = 0
@@ -207,20 +210,23 @@ class _Choosing:
         self._age += 1
         if self._age >= RECHECK_STEPS and self._trials:
             self._age = 0
-            self._probes = list(self._trials)
+            self._probed.clear()
+            # What overlapping costs depends on the machine, not on the text: where serial was
+            # clearly slower it stays so.
+            tried = self._serial_gain is None or self._serial_gain * GAIN > 1
+            self._probes = [way for way in self._trials if tried or way.policy is not SERIAL]
             if self._early == "auto" and self._way.policy.apart:
                 self._probes.append(replace(self._way, early=not self._way.early))
         return False
 
     def as_tried(self, speeds: Mapping[Way, float]) -> dict[Way, float]:
         """What the ways promise, with serial as much beside batch as it was seen to be."""
-        if self._serial_gain is None:
-            for draft in (True, False):
-                pair = Way(BATCH, draft), Way(SERIAL, draft)
-                together, apart = (self._step_s.get(way, Average()) for way in pair)
-                if together.count and apart.count and apart.value > 0:
-                    self._serial_gain = together.value / apart.value
-                    break
+        for draft in (True, False):
+            together, apart = (self._probed.get(Way(policy, draft)) for policy in (BATCH, SERIAL))
+            if together and apart:
+                # The middle: a few steps are timed, and any of them may have been held up.
+                self._serial_gain = median(together) / max(1e-9, median(apart))
+                break
         found = dict(speeds)
         for way in speeds:
             if way.policy is SERIAL and self._serial_gain is not None:

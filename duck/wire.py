@@ -265,6 +265,7 @@ def datagrams(
     source: int,
     message: bytes | bytearray | memoryview,
     payload_bytes: int,
+    checksum: Checksum = zlib.crc32,
 ) -> bytes:
     """A message as one train of datagrams, each `HEADER_BYTES + payload_bytes` long but the last.
 
@@ -273,7 +274,16 @@ def datagrams(
     view = memoryview(message)
     fragments = -(-len(view) // payload_bytes)
     head = bytearray(
-        pack_header(kind, session, ticket, layer, source, payload=message, fragments=fragments)
+        pack_header(
+            kind,
+            session,
+            ticket,
+            layer,
+            source,
+            payload=message,
+            fragments=fragments,
+            checksum=checksum,
+        )
     )
     parts: list[bytes | memoryview] = [bytes(head), view[:payload_bytes]]
     for fragment in range(1, fragments):
@@ -284,14 +294,16 @@ def datagrams(
     return b"".join(parts)
 
 
-def check_message(header: Header, message: bytes | memoryview) -> bool:
+def check_message(
+    header: Header, message: bytes | memoryview, checksum: Checksum = zlib.crc32
+) -> bool:
     """Whether a message put together from datagrams is the one that was sent.
 
     header: of any of its fragments.
     """
     whole = pack_header(
         header.kind, header.session, header.ticket, header.layer, header.source,
-        payload=message, fragments=header.fragments,
+        payload=message, fragments=header.fragments, checksum=checksum,
     )  # fmt: skip
     return int.from_bytes(whole[28:], "little") == header.crc
 

@@ -12,7 +12,6 @@ from ctypes import (
     c_int,
     c_size_t,
     c_ssize_t,
-    c_uint8,
     c_uint32,
     c_uint64,
     c_void_p,
@@ -29,8 +28,11 @@ OK, BAD_SHAPE, NO_MEMORY, NO_ISA, NOT_A_NUMBER, BAD_ID, TWICE, NOT_LOADED = rang
 """Status codes of duck.h."""
 MESSAGE_NONE, MESSAGE_GOOD, MESSAGE_BAD, MESSAGE_OTHER = range(4)
 """States of duck.h's messages."""
+EVENT_ENDED, EVENT_READABLE = 4, 5
+"""What else its events are."""
 SWIFT_BYTES = 1 << 16
 """What passes over at most so many bytes takes microseconds: see `swift`."""
+_SWIFT_SUMS = 1 << 15  # the same for sums of many rows
 
 # gate, up and down, each with the distance of its rows; then their scales
 _SLICE = [c_void_p, c_ssize_t] * 3 + [c_void_p] * 3
@@ -58,13 +60,32 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_atomic_add_u32": (c_uint32, [c_void_p, c_uint32]),
     "duck_crc32c": (c_uint32, [c_uint32, c_void_p, c_size_t]),
     "duck_message_put": (None, [c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_size_t]),
-    "duck_message_check": (c_uint8, [c_void_p, c_void_p, c_size_t]),
     "duck_messages_get": (
         c_int,
         [c_void_p, c_size_t, c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p],
     ),
     "duck_bf16_from_f32": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_f32_from_bf16": (None, [c_void_p, c_void_p, c_size_t]),
+    "duck_rows_sum": (c_int, [c_void_p, c_size_t, c_int, c_size_t, c_int, c_void_p]),
+    "duck_inlets_receive": (c_int, [c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int]),
+    "duck_datagrams_receive": (
+        None,
+        [
+            c_int,
+            c_void_p,
+            c_size_t,
+            c_size_t,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_int,
+            c_void_p,
+        ],
+    ),
 }
 
 
@@ -114,13 +135,6 @@ def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     return value
 
 
-def check_message(address: int, nbytes: int, front: bytes) -> int:
-    """The state of a message of so many bytes in all; `front`: its header up to the checksum."""
-    library = swift() if nbytes <= SWIFT_BYTES else native()
-    state: int = library.duck_message_check(address, front, nbytes - 32)
-    return state
-
-
 def address_of(data: bytes | bytearray | memoryview) -> Any:
     """Where contiguous memory lies, as a pointer argument; the caller keeps `data` alive."""
     if isinstance(data, bytes):
@@ -133,12 +147,12 @@ def address_of(data: bytes | bytearray | memoryview) -> Any:
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
-def atomic_add_u32(memory: npt.NDArray[np.uint32], value: int) -> int:
-    """Add to memory[0], in one step for all processes that share it; returns what was there."""
-    assert memory.dtype == np.uint32
-    assert memory.flags.writeable
-    assert memory.ctypes.data % 4 == 0
-    before: int = swift().duck_atomic_add_u32(memory.ctypes.data, value & 0xFFFFFFFF)
+def atomic_add_u32(address: int, value: int) -> int:
+    """Add to a word, in one step for all processes that share it; returns what was there.
+
+    address: a multiple of 4; value: modulo 2^32.
+    """
+    before: int = swift().duck_atomic_add_u32(address, value & 0xFFFFFFFF)
     return before
 
 
@@ -149,6 +163,22 @@ def bf16_from_f32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     library = swift() if source.nbytes <= SWIFT_BYTES else native()
     library.duck_bf16_from_f32(source.ctypes.data, result.ctypes.data, source.size)
     return result
+
+
+def sum_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], bool]:
+    """The sum over the first axis in its order, in float32; and whether it is finite.
+
+    rows: float32, or uint16 holding bfloat16; each of rows[i] is contiguous.
+    """
+    assert rows.dtype in (np.uint16, np.float32)
+    assert rows[0].flags.c_contiguous
+    total = np.empty(rows.shape[1:], np.float32)
+    library = swift() if total.size <= _SWIFT_SUMS else native()
+    finite = library.duck_rows_sum(
+        rows.ctypes.data, rows.strides[0], len(rows), total.size, rows.dtype == np.uint16,
+        total.ctypes.data,
+    )  # fmt: skip
+    return total, bool(finite)
 
 
 def f32_from_bf16(codes: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -67,9 +67,8 @@ class Rows:
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
         first = _ALIGN - wire.STAMP_BYTES
         self.landing = tuple(row.data[first:] for row in self._memory)
-        # The same with room for a frame's header before it, which may then come in one stretch.
-        self.framed = tuple(row.data[first - wire.HEADER_BYTES :] for row in self._memory)
-        # The same for native code: where the first landing place is, and how far apart they are.
+        # For native code: where the first landing place is, and how far apart they are. Before each
+        # there is room for a frame's header, which may then come in the same stretch.
         self.address: int = self._memory.ctypes.data + first
         self.stride: int = self._memory.strides[0]
         self.in_use = False
@@ -178,12 +177,12 @@ class Ask:
         "_freed",
         "_future",
         "_table",
+        "answer_bytes",
         "arrived_at",
         "count",
         "deadline",
         "done_at",
         "fragments",
-        "front",
         "gather",
         "layer",
         "rows",
@@ -197,10 +196,10 @@ class Ask:
         self._table = table
         self.ticket, self.layer, self.count, self.rows = ticket, layer, count, rows
         self.deadline = deadline
-        message = wire.STAMP_BYTES + table.plan.shape.answer_bytes(count)
-        self.fragments = max(1, -(-message // wire.FRAME_LIMIT))
+        # Of each duck's message, without its header.
+        self.answer_bytes = wire.STAMP_BYTES + table.plan.shape.answer_bytes(count)
+        self.fragments = -(-self.answer_bytes // wire.FRAME_LIMIT)
         self.gather = Gather(table.plan.ducks, self.fragments)
-        self.front = b""  # for planes: what the headers of its answers begin with
         self.sent_at = time.perf_counter()
         self.arrived_at = [0.0] * table.plan.ducks  # when each duck's answer was whole
         self.done_at = 0.0

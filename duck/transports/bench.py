@@ -1,9 +1,10 @@
 """`duck bench transport`: what a round of asks and answers costs the host, beside plain sockets.
 
 Ducks are processes that answer at once (bench_ducks.py). The yardstick is the least that Python can
-do with the same bytes: a loop over epoll that sends an ask to every duck and receives the answers
-into their rows with recv_into; no frames, no checks, no futures. Both are measured in turns of a
-few rounds within the same run, because the speed of a shared machine drifts.
+do with the same bytes and the same ducks: a loop over epoll that sends an ask's frame to every duck
+and receives the answers into their rows with recv_into; it checks nothing and awaits nothing. Both
+are measured in turns of a few rounds within the same run, because the speed of a shared machine
+drifts.
 
 With `losses`, datagrams are dropped at the host's sockets, each for itself in both directions; an
 ask that is dropped there is lost to all ducks. Only multicast has datagrams of ours to drop: under
@@ -43,13 +44,14 @@ from duck.flock import add_up
 from duck.kernels import library
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Rows
-from duck.transports.bench_ducks import SIZES
+from duck.transports.bench_ducks import DTYPE, SHAPE
 from duck.transports.control import FlockTransport
 from duck.transports.faulty import Faults, FaultyUdpSocket
+from duck.transports.link import data_frames
 from duck.transports.multicast import MulticastPlane
 from duck.transports.planes import host_plane
 
-HIDDEN, TOP_K, DTYPE = 7168, 8, "bfloat16"  # DeepSeek-V3
+HIDDEN, TOP_K = 7168, 8  # DeepSeek-V3
 LAYERS = 4
 LOSSY = ("multicast",)  # transports whose datagrams can be dropped here
 TURN = 16  # rounds of one side before the other has its turn
@@ -280,8 +282,11 @@ class _Yardstick:
     """Plain sockets and epoll."""
 
     def __init__(self, addresses: Sequence[str], plan: Plan, size: int) -> None:
-        self._ask = bytes(wire.HEADER_BYTES + plan.shape.ask_bytes(size))
-        self._answer = wire.HEADER_BYTES + wire.STAMP_BYTES + plan.shape.answer_bytes(size)
+        shape = plan.shape
+        frames = data_frames(wire.Kind.ASK, 0, 1, 0, wire.HOST, bytes(shape.ask_bytes(size)))
+        self._ask = b"".join(frames)
+        body = wire.STAMP_BYTES + shape.answer_bytes(size)
+        self._answer = body + wire.HEADER_BYTES * -(-body // wire.FRAME_LIMIT)
         rows = Rows(plan.ducks, plan.shape, size)
         self._epoll = select.epoll()
         self._links: list[socket.socket] = []
@@ -290,7 +295,7 @@ class _Yardstick:
             host, port = address.rsplit(":", 1)
             link = socket.create_connection((host, int(port)))
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            link.sendall(SIZES.pack(len(self._ask), self._answer))
+            link.sendall(SHAPE.pack(shape.hidden, shape.top_k, size))
             self._links.append(link)
             self._epoll.register(link.fileno(), select.EPOLLIN)
             self._places[link.fileno()] = (link, rows.landing[duck])
@@ -313,7 +318,7 @@ class _Yardstick:
         while left:
             for descriptor, _ in poll():
                 link, place = places[descriptor]
-                # The header has no place in the row; one stretch of the answer's size is as good.
+                # Headers have no place in the row; one stretch of the answer's size is as good.
                 got = have[descriptor]
                 room = min(want - got, len(place))
                 got += link.recv_into(place, room)

@@ -1,8 +1,8 @@
 """The ducks of `duck bench transport`: processes that hold nothing and answer at once.
 
 `python -m duck.transports.bench_ducks '{"count": 8, ...}'` forks so many of them, each with its two
-addresses on a line of stdout: where it is a duck, and where it is the yardstick, a plain socket
-that takes as many bytes as an ask has and sends back as many as an answer. They end with stdin.
+addresses on a line of stdout: where it is a duck, and where it is the yardstick's, which answers in
+the same way to whoever sends it an ask's frame. They end with stdin.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from duck import wire
+from duck.errors import WireError
 from duck.kernels import library
 from duck.placement import Plan
+from duck.reliable import Cut
 from duck.transports.base import Loading
+from duck.transports.datagrams import Address, UdpSocket, train_size
 from duck.transports.link import Link, data_frames
 from duck.transports.listen import DuckPlane, HostSession, ListeningDuck
-from duck.transports.multicast import MulticastDuckPlane, MulticastFeed
+from duck.transports.multicast import MulticastDuckPlane, MulticastFeed, Where
 from duck.transports.shm import ShmDuckPlane, ShmFeed
 from duck.transports.tcp import TcpDuckPlane, TcpFeed
 
 STAMPS = wire.pack_stamps(0.0, 0.0)
-SIZES = struct.Struct("<II")  # what the yardstick is told first: bytes of an ask, of an answer
+DTYPE = "bfloat16"
+_TICKET, _CRC = struct.Struct("<IH"), struct.Struct("<I")
+SHAPE = struct.Struct("<III")  # what the yardstick is told first: hidden, top_k, max_rows
 
 
 class _Nothing:
@@ -45,28 +51,42 @@ class _Nothing:
         raise AssertionError("the echo answers")
 
 
+class _Sums:
+    """What answers asks of a shape: the same sums each time."""
+
+    def __init__(self, shape: wire.Shape) -> None:
+        self._shape = shape
+        self._known: dict[int, tuple[np.ndarray, bytes]] = {}
+
+    def array(self, message_bytes: int) -> np.ndarray:
+        """For an ask of so many bytes, in the wire dtype."""
+        return self._of(message_bytes)[0]
+
+    def message(self, message_bytes: int) -> bytes:
+        """The same as it travels, with stamps before it."""
+        return self._of(message_bytes)[1]
+
+    def _of(self, message_bytes: int) -> tuple[np.ndarray, bytes]:
+        if message_bytes not in self._known:
+            rows = self._shape.rows_of_ask(message_bytes)
+            values = np.random.default_rng(0).standard_normal((rows, self._shape.hidden))
+            array = wire.to_wire(values, self._shape.answer_dtype)
+            self._known[message_bytes] = array, STAMPS + array.tobytes()
+        return self._known[message_bytes]
+
+
 class _Echo:
     """Answers the asks of a session as they come, without the worker's thread.
 
-    The sums are the same each time; header, checksum and all that a host looks at are made anew.
+    Header, checksum and all that a host looks at are made anew for each.
     """
 
     def __init__(self, session: HostSession) -> None:
-        self._session = session
-        self._answers: dict[int, np.ndarray] = {}
-
-    def sums(self, message_bytes: int) -> np.ndarray:
-        """What answers an ask of so many bytes, in the wire dtype."""
-        shape = self._session.plan.shape
-        rows = shape.rows_of_ask(message_bytes)
-        if rows not in self._answers:
-            sums = np.random.default_rng(0).standard_normal((rows, shape.hidden))
-            self._answers[rows] = wire.to_wire(sums, shape.answer_dtype)
-        return self._answers[rows]
+        self._session, self._sums = session, _Sums(session.plan.shape)
 
     def __call__(self, ticket: int, layer: int, message: memoryview) -> None:
         """Instead of `HostSession.ask`."""
-        self._session.feed.answer(ticket, layer, self.sums(len(message)), STAMPS)
+        self._session.feed.answer(ticket, layer, self._sums.array(len(message)), STAMPS)
 
 
 class _EchoShm(ShmDuckPlane):
@@ -95,35 +115,85 @@ class _EchoTcp(TcpDuckPlane):
         super().greet(link, message)
         feed = self._feeds[message["token"]]
         link.transport.pause_reading()
-        connection = link.transport.get_extra_info("socket")
-        own = socket.socket(fileno=os.dup(connection.fileno()))
+        own = socket.socket(fileno=os.dup(link.transport.get_extra_info("socket").fileno()))
         threading.Thread(target=self._serve, args=(own, feed), daemon=True).start()
 
     @staticmethod
     def _serve(link: socket.socket, feed: TcpFeed) -> None:
-        """Take asks and send answers, with frames and checksums."""
-        session, echo = feed._session, _Echo(feed._session)
-        head = memoryview(bytearray(wire.HEADER_BYTES))
-        ask = memoryview(bytearray(session.plan.shape.ask_bytes(session.plan.shape.max_rows)))
-        with link, contextlib.suppress(ConnectionError, EOFError):
-            while True:
-                header = wire.unpack_header(_exactly(link, head))
-                size = min(wire.FRAME_LIMIT, header.message_bytes - header.offset)
-                _exactly(link, ask[header.offset : header.offset + size])
-                if header.kind != wire.Kind.ASK or header.fragment + 1 < header.fragments:
-                    continue
-                body = STAMPS + echo.sums(header.message_bytes).tobytes()
-                frames = data_frames(
-                    wire.Kind.ANSWER, session.id, header.ticket, header.layer, session.duck, body,
-                    feed._checksum,
-                )  # fmt: skip
-                _send(link, b"".join(frames))
+        session = feed._session
+        _serve(link, session.plan.shape, session.id, session.duck, feed.checksum)
 
 
 class _EchoMulticast(MulticastDuckPlane):
     def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
         session.ask = _Echo(session)  # type: ignore[method-assign]
-        return super().open(session, offer)
+        return _EchoMulticastFeed(session, self._tcp.open(session, offer), Where.of(session, offer))
+
+
+class _EchoMulticastFeed(MulticastFeed):
+    """Answers asks that come in one piece in a thread; all else goes the usual way."""
+
+    _echo: threading.Thread | None = None
+
+    def _ping(self, head: wire.Header, payload: bytes) -> None:
+        super()._ping(head, payload)
+        if self._half and not self._echo:
+            self._echo = threading.Thread(target=self._serve, args=self._sockets, daemon=True)
+            self._loop.remove_reader(self._sockets[1].socket)
+            self._echo.start()
+
+    def _serve(self, answers: UdpSocket, asks: UdpSocket) -> None:
+        sums, cut, session = _Sums(self._session.plan.shape), self._cut, self._session
+        own = asks.socket.dup()
+        own.setblocking(True)
+        buffer = memoryview(bytearray(1 << 16))
+        trains: dict[int, _Train] = {}
+        with own, contextlib.suppress(OSError, RuntimeError):  # the session has ended
+            while True:
+                count, control, _, sender = own.recvmsg_into([buffer], 64)
+                header = wire.unpack_header(buffer)
+                nbytes = header.message_bytes
+                whole = nbytes + cut.fragments(nbytes) * wire.HEADER_BYTES
+                if header.kind != wire.Kind.ASK or header.session != session.id or count != whole:
+                    came, size = bytearray(buffer[:count]), train_size(control, count)
+                    self._loop.call_soon_threadsafe(self._otherwise, came, size, sender)
+                    continue
+                train = trains.get(nbytes)
+                if train is None:
+                    message = sums.message(nbytes)
+                    train = trains[nbytes] = _Train(session, message, cut, self.checksum)
+                answers.send(
+                    memoryview(train.of(header.ticket, header.layer)),
+                    cut.datagram_bytes,
+                    self._where.host,
+                )
+
+    def _otherwise(self, train: bytearray, size: int, sender: Address) -> None:
+        if self._sockets and sender == self._where.host:
+            with contextlib.suppress(WireError):
+                self._received(memoryview(train), size, time.perf_counter())
+
+
+class _Train:
+    """An answer's datagrams, for one ask after another."""
+
+    def __init__(
+        self, session: HostSession, message: bytes, cut: Cut, checksum: wire.Checksum
+    ) -> None:
+        kind, size = wire.Kind.ANSWER, cut.payload_bytes
+        self._train = bytearray(
+            wire.datagrams(kind, session.id, 0, 0, session.duck, message, size, checksum)
+        )
+        self._message, self._size, self._checksum = message, cut.datagram_bytes, checksum
+
+    def of(self, ticket: int, layer: int) -> bytearray:
+        train = self._train
+        _TICKET.pack_into(train, 8, ticket, layer)
+        crc = self._checksum(self._message, self._checksum(bytes(train[:28]), 0))
+        for start in range(0, len(train), self._size):
+            _TICKET.pack_into(train, start + 8, ticket, layer)
+            _CRC.pack_into(train, start + 28, crc)
+        return train
 
 
 def _planes() -> list[DuckPlane]:
@@ -132,40 +202,48 @@ def _planes() -> list[DuckPlane]:
 
 
 def _yardstick(listener: socket.socket) -> None:
-    """Serve one connection after another, in a thread."""
+    """Serve one connection after another, in a thread, just as the duck's own."""
     while True:
         link, _ = listener.accept()
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with link, contextlib.suppress(ConnectionError, EOFError):
-            asked, answered = SIZES.unpack(_exactly(link, memoryview(bytearray(SIZES.size))))
-            ask, answer = memoryview(bytearray(asked)), bytes(answered)
-            while True:
-                _exactly(link, ask)
-                link.sendall(answer)
+        words = memoryview(bytearray(SHAPE.size))
+        with contextlib.suppress(ConnectionError, EOFError):
+            _receive(link, words, 0, SHAPE.size)
+            hidden, top_k, max_rows = SHAPE.unpack(words)
+            shape = wire.Shape(hidden, top_k, DTYPE, DTYPE, max_rows)
+            _serve(link, shape, 0, 0, library.crc32c)
 
 
-def _exactly(link: socket.socket, into: memoryview) -> memoryview:
-    """Receive until it is full, also where the system does not wait by itself."""
-    have = 0
-    while have < len(into):
-        try:
-            count = link.recv_into(into[have:])
-        except BlockingIOError:
-            select.select([link], [], [])
-            continue
+def _serve(
+    link: socket.socket, shape: wire.Shape, session: int, duck: int, checksum: wire.Checksum
+) -> None:
+    """Take asks and send answers until the other end goes."""
+    link.setblocking(True)
+    echo = _Sums(shape)
+    most = shape.ask_bytes(shape.max_rows)
+    room = memoryview(bytearray(most + wire.HEADER_BYTES * (2 + most // wire.FRAME_LIMIT)))
+    with link, contextlib.suppress(ConnectionError, EOFError):
+        while True:
+            have = _receive(link, room, 0, wire.HEADER_BYTES)
+            header = wire.unpack_header(room)
+            if header.kind == wire.Kind.ASK:
+                whole = header.message_bytes + header.fragments * wire.HEADER_BYTES
+                _receive(link, room[:whole], have, whole)
+                frames = data_frames(
+                    wire.Kind.ANSWER, session, header.ticket, header.layer, duck,
+                    echo.message(header.message_bytes), checksum,
+                )  # fmt: skip
+                link.sendall(b"".join(frames))
+
+
+def _receive(link: socket.socket, into: memoryview, have: int, need: int) -> int:
+    """Receive until so many bytes are there, and perhaps more; how many."""
+    while have < need:
+        count = link.recv_into(into[have:])
         if not count:
             raise EOFError
         have += count
-    return into
-
-
-def _send(link: socket.socket, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[link.send(rest) :]
-        except BlockingIOError:
-            select.select([], [link], [])
+    return have
 
 
 def _be_a_duck(number: int) -> None:

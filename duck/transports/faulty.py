@@ -33,7 +33,7 @@ from duck import wire
 from duck.transports.base import Ask, AskTable
 from duck.transports.control import FlockTransport, Plane, Welcome
 from duck.transports.datagrams import Address, UdpSocket
-from duck.transports.link import Ahead, Frames, Link
+from duck.transports.link import Frames, Link
 from duck.transports.shm import Memory, ShmPlane, Slot
 from duck.transports.tcp import TcpPlane
 
@@ -306,6 +306,10 @@ class FaultyUdpSocket(UdpSocket):
         self._back = _Pump(back, self._hand_on)
         self._draining = False
 
+    @property
+    def collects(self) -> bool:
+        return False  # every datagram is looked at
+
     def listen(self, reader: Callable[[], None]) -> None:
         self._reader = reader
         super().listen(reader)
@@ -362,6 +366,9 @@ class _CorruptTcp(TcpPlane):
         super().__init__()
         self._share, self._random = share, random
 
+    def _collects(self) -> bool:
+        return False  # every frame goes the long way, by `place`
+
     async def connect(self, duck: int, welcome: Welcome) -> None:
         await super().connect(duck, welcome)
         link = self._links[duck]
@@ -376,16 +383,6 @@ class _CorruptFrames:
     def __init__(self, link: Link, frames: Frames, share: float, random: Random) -> None:
         self._link, self._frames = link, frames
         self._share, self._random = share, random
-
-    def ahead(self) -> Ahead | None:
-        """None, so that every frame goes the long way, by `place`."""
-        return None
-
-    def wants(self, ticket: int) -> bool:
-        return self._frames.wants(ticket)
-
-    def landed(self, ticket: int) -> None:
-        self._frames.landed(ticket)
 
     def check(self, header: wire.Header) -> int:
         return self._frames.check(header)

@@ -13,11 +13,10 @@ import os
 import socket
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from duck import wire
 from duck.errors import TransportError, WireError
-from duck.kernels import library
 from duck.seal import Opener
 from duck.transports.sealed import SealedFrames
 
@@ -25,39 +24,15 @@ if TYPE_CHECKING:  # certificates are slow to import, and only needed with a key
     from duck.transports.tls import Tls
 
 _CONTROL_BUFFER = 1 << 16
+SPOILED = "a data frame failed its checksum"
 _MAX_UNREAD = 64  # control messages a peer may send ahead of us
 # A peer whose machine is gone says nothing, not even goodbye: the system asks after this many
 # seconds, again and again, and then ends the connection. A stopped process still counts as alive.
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 
 
-class Ahead(NamedTuple):
-    """The frame that will most likely come next, and where it may lie at once, header and all."""
-
-    ticket: int
-    place: memoryview  # as long as header and payload
-    address: int  # where that is
-    front: bytes  # its header up to the checksum, which is CRC-32C
-
-
 class Frames(Protocol):
     """What one end does with the data frames it receives."""
-
-    def ahead(self) -> Ahead | None:
-        """Asked between two frames: which one is likely to follow; None: no idea.
-
-        When it does follow, it is received in one stretch, and looked at in one go; any other frame
-        goes the long way of `check`, `place` and `arrived`.
-        """
-        ...
-
-    def wants(self, ticket: int) -> bool:
-        """Whether the place of that frame is still its own."""
-        ...
-
-    def landed(self, ticket: int) -> None:
-        """The frame that was looked ahead to lies in its place and passed its checksum."""
-        ...
 
     def check(self, header: wire.Header) -> int:
         """Called once for every header: the bytes of its payload.
@@ -118,7 +93,6 @@ class Link(asyncio.BufferedProtocol):
         self._last_words = ""  # of a peer that refused us
         self._head = bytearray(wire.HEADER_BYTES)
         self._header: wire.Header | None = None
-        self._ahead: Ahead | None = None
         self._have = 0
         self._size = 0
         self._dropping = False
@@ -142,24 +116,13 @@ class Link(asyncio.BufferedProtocol):
     def get_buffer(self, _sizehint: int) -> memoryview:
         if self._sealed:
             return self._sealed.room()
-        if self._frames is None:
+        frames = self._frames
+        if frames is None:
             return self._buffer
-        if self._header is None and not self._have:
-            self._ahead = self._frames.ahead()
-        if self._ahead:
-            if self._have and not self._frames.wants(self._ahead.ticket):
-                self._move_aside(self._ahead)
-            return self._ahead.place[self._have :]
-        return self._room(self._frames)
-
-    def _move_aside(self, ahead: Ahead) -> None:
-        """Half of a frame has come, and its place is given to another."""
-        aside = memoryview(bytearray(len(ahead.place)))
-        aside[: self._have] = ahead.place[: self._have]
-        self._ahead = ahead._replace(place=aside, address=library.address_of(aside))
+        return self._room(frames)
 
     def _room(self, frames: Frames) -> memoryview:
-        """Where the next bytes of a frame go that nobody looked ahead to."""
+        """Where the next bytes of a frame go."""
         if self._header is None:
             return memoryview(self._head)[self._have :]
         place = None if self._dropping else frames.place(self._header)
@@ -174,8 +137,6 @@ class Link(asyncio.BufferedProtocol):
             if self._sealed:
                 self._sealed.received(count)
                 self.dropped = self._sealed.dropped
-            elif self._ahead:
-                self._received_ahead(count, self._ahead, self._frames)
             elif self._frames:
                 self._received(count, self._frames)
             else:
@@ -281,9 +242,10 @@ class Link(asyncio.BufferedProtocol):
             return
         rest: bytes | bytearray | memoryview = data
         if not transport.get_write_buffer_size():
-            sent = 0
-            with contextlib.suppress(OSError):  # the transport meets it too, and knows what to do
+            try:
                 sent = os.write(self._descriptor, data)
+            except OSError:  # the transport meets it too, and knows what to do
+                sent = 0
             if sent == len(data):
                 return
             rest = memoryview(data)[sent:]
@@ -307,31 +269,43 @@ class Link(asyncio.BufferedProtocol):
         if opener:
             self._sealed = SealedFrames(frames, opener)
 
-    def _received_ahead(self, count: int, ahead: Ahead, frames: Frames | None) -> None:
-        assert frames
-        self._have += count
-        place, state = ahead.place, library.MESSAGE_OTHER
-        if self._have == len(place):
-            state = library.check_message(ahead.address, len(place), ahead.front)
-        elif self._have < wire.HEADER_BYTES or place[: len(ahead.front)] == ahead.front:
-            return
-        if state == library.MESSAGE_BAD:
-            raise WireError("a data frame failed its checksum")
-        have, self._have, self._ahead = self._have, 0, None
-        if state == library.MESSAGE_GOOD:
-            if frames.wants(ahead.ticket):
-                frames.landed(ahead.ticket)
-            else:
-                self.dropped += 1
-            return
-        # Another frame than we thought, perhaps more than one: by the long way.
-        rest = memoryview(bytes(place[:have]))
-        while rest:
-            room = self._room(frames)
+    @property
+    def between_frames(self) -> bool:
+        """Nothing of a data frame has come that is not dealt with."""
+        if self._sealed:
+            return self._sealed.is_empty
+        return self._header is None and not self._have
+
+    def hand_over(self) -> int:
+        """The descriptor, for whoever receives from now on; `feed` and `read` take the rest."""
+        self.transport.pause_reading()
+        return self._descriptor
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes that somebody else has received."""
+        rest = memoryview(data)
+        while rest and not self.transport.is_closing():
+            room = self.get_buffer(-1)
             step = min(len(room), len(rest))
             room[:step] = rest[:step]
+            self.buffer_updated(step)
             rest = rest[step:]
-            self._received(step, frames)
+
+    def read(self) -> None:
+        """Receive once, as the event loop would."""
+        if self.transport.is_closing():
+            return
+        try:
+            count = os.readv(self._descriptor, [self.get_buffer(-1)])
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.abort(f"connection lost ({error.strerror})")
+            return
+        if count:
+            self.buffer_updated(count)
+        else:
+            self.abort("connection closed")
 
     def _received(self, count: int, frames: Frames) -> None:
         self._have += count
@@ -351,8 +325,13 @@ class Link(asyncio.BufferedProtocol):
         elif wire.check_crc(self._head, place[: self._size], self._checksum):
             frames.arrived(header)
         else:
-            raise WireError("a data frame failed its checksum")
+            raise WireError(SPOILED)
         self._header, self._have = None, 0
+
+    def blame(self, error: WireError) -> None:
+        """End the connection for a frame that somebody else has received."""
+        self.error = error
+        self.abort(str(error))
 
     def abort(self, reason: str) -> None:
         """Close at once, for this reason."""

@@ -35,6 +35,7 @@ import structlog
 from duck import wire
 from duck.config import MAX_MTU, MIN_MTU, Network, group_address
 from duck.errors import ConfigError, DuckError, TransportError, WireError
+from duck.kernels import library
 from duck.reliable import EVERYONE, Cut, DuckHalf, HostHalf, Lost, Run, Send
 from duck.seal import Opener, Sealer, overhead
 from duck.transports.base import SMALL_ROWS, Ask
@@ -49,6 +50,7 @@ from duck.transports.datagrams import (
 )
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
+from duck.transports.receive import Arriving, Drain, OpenAsks, Waiting
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
 from duck.transports.trains import (
     ETHERNET_MTU,
@@ -174,9 +176,14 @@ class MulticastPlane:
         self._sealers: dict[int, Sealer] = {}
         self._openers: dict[int, Opener] = {}
         self._tag_bytes = overhead(wire.Kind.ANSWER) if flock.keys else 0
-        # Sealed answers are put together here: for each open ask a place for each duck's.
-        self._arriving: dict[int, memoryview] = {}
-        self._spare: list[memoryview] = []
+        # Of an answer to a small ask, as it travels.
+        self._largest = wire.STAMP_BYTES + plan.shape.answer_bytes(self._small) + self._tag_bytes
+        # Sealed answers are put together here.
+        self._arriving = Arriving(plan.ducks, self._largest)
+        # What receives them, once all agree on how they are cut.
+        check = flock.keys is None and self._tcp.checksum is library.crc32c
+        self._open = OpenAsks(flock.session, plan.ducks, 0, check)
+        self._drain: Drain | None = None
         self._heard = [0] * plan.ducks
         self._warned: set[int] = set()  # ducks that multicasts do not reach
         self._agreed: asyncio.Future[None] = self._loop.create_future()
@@ -278,6 +285,10 @@ class MulticastPlane:
             if not silent:
                 self._cut = cut
                 self._half = HostHalf(self._flock.plan.ducks, cut)
+                if all(nic.socket.collects for nic in self._nics.values()):
+                    self._drain = Drain(self._flock.plan.ducks, self._open, cut.payload_bytes)
+                    for duck, address in self._addresses.items():
+                        self._drain.add(duck, address)
                 return
         duck = min(silent)
         nic = self._nic_of[duck]
@@ -351,19 +362,20 @@ class MulticastPlane:
         cut, session, kind = self._cut, self._flock.session, wire.Kind.ASK
         message = sealed(self._sealer, kind, session, ask.ticket, ask.layer, wire.HOST, body)
         train = wire.datagrams(
-            kind, session, ask.ticket, ask.layer, wire.HOST, message, cut.payload_bytes
-        )
+            kind, session, ask.ticket, ask.layer, wire.HOST, message, cut.payload_bytes,
+            self._tcp.checksum,
+        )  # fmt: skip
         self._trains[ask.ticket] = (train, ask.layer)
         for nic in self._nics.values():
             nic.socket.send(train, cut.datagram_bytes, nic.group)
-        answer = self._answer_bytes(ask.count)
+        answer = ask.answer_bytes + self._tag_bytes
         self._half.open(ask.ticket, ask.layer, len(message), answer, _clock())
+        if self._drain:
+            place, stride = ask.rows.address, ask.rows.stride
+            if self._sealer:
+                place, stride = self._arriving.take(ask.ticket), self._arriving.stride
+            self._open.add(ask, answer, cut.fragments(answer), place, stride)
         self._arm()
-
-    def _answer_bytes(self, rows: int) -> int:
-        """Of one duck's answer, as it travels."""
-        shape = self._flock.plan.shape
-        return wire.STAMP_BYTES + shape.answer_bytes(rows) + self._tag_bytes
 
     def cancel(self, ask: Ask) -> None:
         if ask.count > self._small:
@@ -376,14 +388,15 @@ class MulticastPlane:
     def _close_ask(self, ticket: int) -> None:
         self._half.close(ticket)
         self._trains.pop(ticket, None)
-        if (memory := self._arriving.pop(ticket, None)) is not None:
-            self._spare.append(memory)
+        self._open.remove(ticket)
+        self._arriving.give_back(ticket)
 
     # receiving
 
     def _readable(self, nic: Nic) -> None:
         now = _clock()
-        for train, size, sender in nic.socket.drain():
+        trains = self._collected(self._drain, nic, now) if self._drain else nic.socket.drain()
+        for train, size, sender in trains:
             duck = self._ducks.get(sender)
             if duck is None:
                 self.strangers += 1
@@ -394,6 +407,38 @@ class MulticastPlane:
                 self.malformed += 1
         self._do(self._half.settle(now))
         self._arm()
+
+    def _collected(
+        self, drain: Drain, nic: Nic, now: float
+    ) -> Iterator[tuple[memoryview, int, Address]]:
+        """Receive the answers that open asks wait for; what came besides."""
+        open_asks = self._flock.asks.open_asks
+        for ticket in self._open.ended(open_asks):
+            self._close_ask(ticket)
+        events, trains = nic.socket.collect(drain)
+        for event in events:
+            waiting = self._open.get(event.ticket)
+            if waiting is None:  # the last answer came twice
+                continue
+            duck, ask = event.duck, waiting.ask
+            self._half.landed(duck, event.ticket, event.bits, now)
+            if event.what == library.MESSAGE_NONE:
+                continue
+            if event.what == library.MESSAGE_GOOD and self._opened(duck, waiting):
+                self._arrived(duck, ask)
+            else:
+                self._half.failed(duck, event.ticket, now)
+                waiting.missing[duck] = self._half.missing(duck, event.ticket)
+        return trains
+
+    def _opened(self, duck: int, waiting: Waiting) -> bool:
+        """Open a sealed answer that is whole into its row; True when it is not sealed."""
+        if self._sealer is None:
+            return True
+        header = wire.unpack_header(waiting.front_of(duck) + bytes(4))
+        message = self._arriving.of(header.ticket, duck)[: header.message_bytes]
+        row = waiting.ask.rows.landing[duck]
+        return verified(self._openers[duck], header, message, row, self._tcp.checksum)
 
     def _received(self, duck: int, train: memoryview, size: int, now: float) -> None:
         for run, data in runs(train, size):
@@ -432,28 +477,26 @@ class MulticastPlane:
         if ask is None:  # it ended without an answer
             self._close_ask(head.ticket)
             return
-        row = ask.rows.landing[duck]
-        place = row if self._sealer is None else self._place(ask, duck)
+        row = place = ask.rows.landing[duck]
+        if self._sealer:
+            self._arriving.take(ask.ticket)
+            place = self._arriving.of(ask.ticket, duck)
         lay(data, size, place, run)
-        if not self._half.whole(duck, head.ticket):
-            return
-        if not verified(self._openers.get(duck), head, place[: head.message_bytes], row):
-            self._half.failed(duck, head.ticket, now)
-            return
+        if not self._half.missing(duck, head.ticket):
+            message = place[: head.message_bytes]
+            if verified(self._openers.get(duck), head, message, row, self._tcp.checksum):
+                self._arrived(duck, ask)
+            else:
+                self._half.failed(duck, head.ticket, now)
+        if waiting := self._open.get(ask.ticket):
+            waiting.missing[duck] = self._half.missing(duck, head.ticket)
+
+    def _arrived(self, duck: int, ask: Ask) -> None:
+        """A duck's answer lies in its row, and is the one that was sent."""
         self._heard[duck] += 1
         self._flock.asks.arrived_whole(ask, (duck,))
         if ask.ticket not in self._flock.asks.open_asks:
             self._close_ask(ask.ticket)
-
-    def _place(self, ask: Ask, duck: int) -> memoryview:
-        """Where a duck's sealed answer to a small ask is put together."""
-        largest = self._answer_bytes(self._small)
-        memory = self._arriving.get(ask.ticket)
-        if memory is None:
-            ducks = self._flock.plan.ducks
-            memory = self._spare.pop() if self._spare else memoryview(bytearray(ducks * largest))
-            self._arriving[ask.ticket] = memory
-        return memory[duck * largest : (duck + 1) * largest]
 
     def _do(self, sends: Sequence[Send | Lost]) -> None:
         for send in sends:
@@ -482,7 +525,7 @@ class MulticastPlane:
                 ask = self._flock.asks.open_asks.get(send.ticket)
                 if ask is None:
                     continue
-                fragments = self._cut.fragments(self._answer_bytes(ask.count))
+                fragments = self._cut.fragments(ask.answer_bytes + self._tag_bytes)
                 payload = wire.pack_missing(send.fragments or 0, fragments)
                 self._note(
                     self._nic_of[send.duck], self._addresses[send.duck], send.kind, send.ticket,
@@ -496,13 +539,16 @@ class MulticastPlane:
         wake_at = self._half.wake_at
         if self._closed or wake_at == math.inf:
             return
+        if self._timer is not None and self._wakes_at <= wake_at:
+            return
+        # Event loops count in milliseconds: a shorter wait would turn without pause.
+        now = _clock()
+        wake_at = max(wake_at, now + 1e-3)
         if self._timer is not None:
             if self._wakes_at <= wake_at:
                 return
             self._timer.cancel()
-        # Event loops count in milliseconds: a shorter wait would turn without pause.
-        now = _clock()
-        self._wakes_at = max(wake_at, now + 1e-3)
+        self._wakes_at = wake_at
         self._timer = self._loop.call_later(self._wakes_at - now, self._wake)
 
     def _wake(self) -> None:
@@ -579,14 +625,14 @@ class MulticastDuckPlane:
         self._tcp = tcp
 
     def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
-        where = _Where.of(session, offer)
+        where = Where.of(session, offer)
         return MulticastFeed(session, self._tcp.open(session, offer), where)
 
     def greet(self, link: Link, message: Mapping[str, Any]) -> None:
         raise WireError("no connection begins like that")
 
 
-class _Where(NamedTuple):
+class Where(NamedTuple):
     """The addresses of one session."""
 
     here: str  # of this duck, as its host reaches it
@@ -594,7 +640,7 @@ class _Where(NamedTuple):
     group: Address
 
     @classmethod
-    def of(cls, session: HostSession, offer: Mapping[str, Any]) -> _Where:
+    def of(cls, session: HostSession, offer: Mapping[str, Any]) -> Where:
         """Those that a host offers. Its own address is the one that it connected from.
 
         Raises:
@@ -620,10 +666,11 @@ class _Where(NamedTuple):
 class MulticastFeed:
     """A `listen.Feed`: one host's asks from its group, and answers back to its socket."""
 
-    def __init__(self, session: HostSession, tcp: TcpFeed, where: _Where) -> None:
+    def __init__(self, session: HostSession, tcp: TcpFeed, where: Where) -> None:
         self.strangers = 0  # datagrams from others than the host
         self.malformed = 0  # datagrams that make no sense
         self._session, self._tcp, self._where = session, tcp, where
+        self.checksum = tcp.checksum
         self._loop = asyncio.get_running_loop()
         self._small = min(SMALL_ROWS, session.plan.shape.max_rows)
         self._half: DuckHalf | None = None  # once the host has said how messages are cut
@@ -733,7 +780,7 @@ class MulticastFeed:
         opener = self._openers.get(head.kind)
         if opener:
             body = memoryview(bytearray(len(message) - overhead(head.kind)))
-        if not verified(opener, head, message, body):
+        if not verified(opener, head, message, body, self.checksum):
             half.failed(head)
             return
         self._session.check(head.layer, len(body))
@@ -774,7 +821,10 @@ class MulticastFeed:
         except TransportError as error:  # answered twice: no bug may end the thread, or be sealed
             self._loop.call_soon_threadsafe(self._session.refuse, str(error))
             return
-        train = wire.datagrams(kind, session, ticket, layer, duck, message, self._cut.payload_bytes)
+        train = wire.datagrams(
+            kind, session, ticket, layer, duck, message, self._cut.payload_bytes,
+            self.checksum,
+        )  # fmt: skip
         with contextlib.suppress(RuntimeError):  # the loop ended while we computed
             self._loop.call_soon_threadsafe(self._answered, ticket, layer, train, len(message))
 

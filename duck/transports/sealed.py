@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 
 from duck import wire
 from duck.errors import WireError
-from duck.seal import TAG_BYTES, Opener, Sealer, overhead
+from duck.seal import Opener, Sealer, overhead
 
 if TYPE_CHECKING:
-    from duck.transports.link import Ahead, Frames
+    from duck.transports.link import Frames
 
 _FIRST_BYTES = 1 << 16
-_NO_CHECKSUM = bytes(4)
 
 
 def sealed_frames(
@@ -105,10 +104,14 @@ class SealedFrames:
         self._frames, self._opener = frames, opener
         self._buffer = memoryview(bytearray(_FIRST_BYTES))
         self._begin = self._end = 0  # what has been received and not used
-        self._ahead: Ahead | None = None  # the frame that comes is the one that was expected
         self._header: wire.Header | None = None
         self._size = 0  # of the payload, once it is opened
         self._need = wire.HEADER_BYTES  # bytes of which the next step is made
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing has been received that is not dealt with."""
+        return self._begin == self._end and self._header is None
 
     def room(self) -> memoryview:
         """Where the next bytes go; never empty."""
@@ -136,38 +139,19 @@ class SealedFrames:
         """
         self._end += count
         while self._end - self._begin >= self._need:
-            if self._ahead:
-                self._take_ahead(self._ahead)
-            elif self._header is None:
+            if self._header is None:
                 self._take_header()
             else:
                 self._take_payload(self._header)
 
     def _take_header(self) -> None:
         head = self._buffer[self._begin : self._begin + wire.HEADER_BYTES]
-        ahead = self._frames.ahead()
-        if ahead and head == ahead.front + _NO_CHECKSUM:
-            self._ahead = ahead
-            self._need = len(ahead.place) + TAG_BYTES
-            return
         header = wire.unpack_header(head)
         if header.crc:
             raise WireError("a data frame has no seal")
         self._size = self._frames.check(header)
         self._header = header
         self._need = wire.HEADER_BYTES + self._size + overhead(header.kind)
-
-    def _take_ahead(self, ahead: Ahead) -> None:
-        if self._frames.wants(ahead.ticket):
-            body = self._begin + wire.HEADER_BYTES
-            head, sealed = self._buffer[self._begin : body], self._buffer[body:]
-            place = ahead.place[wire.HEADER_BYTES :]
-            self._opener.open_into(head, sealed[: len(place) + TAG_BYTES], place)
-            self._frames.landed(ahead.ticket)
-        else:
-            self.dropped += 1
-        self._begin += self._need
-        self._ahead, self._need = None, wire.HEADER_BYTES
 
     def _take_payload(self, header: wire.Header) -> None:
         place = self._frames.place(header)

@@ -112,19 +112,19 @@ class Memory:
     def __init__(self, file: int, layout: Layout) -> None:
         self.layout = layout
         self.raw = np.frombuffer(mmap.mmap(file, layout.nbytes), np.uint8)
-        self.words = self.raw.view(np.uint32)
+        self.words = self.raw.data.cast("I")
         self.address: int = self.raw.ctypes.data
 
     def word(self, offset: int) -> int:
-        return int(self.words[offset // 4])
+        return self.words[offset // 4]
 
     def add(self, offset: int, value: int) -> int:
         """Add to a word, in one step for all processes; returns what was there."""
-        return library.atomic_add_u32(self.words[offset // 4 :], value)
+        return library.atomic_add_u32(self.address + offset, value)
 
     def set_ticket(self, slot: Slot, ticket: int) -> None:
         """By an atomic addition, since only the host writes it: all it wrote before is seen."""
-        self.add(slot.ticket, ticket - self.word(slot.ticket))
+        self.add(slot.ticket, ticket - self.words[slot.ticket // 4])
 
     def header(self, offset: int) -> bytes:
         return self.raw[offset : offset + wire.HEADER_BYTES].tobytes()
@@ -231,9 +231,8 @@ class ShmPlane:
         memory = self._memory
         assert memory is not None
         slot = memory.layout.slots[number]
-        session, shape = self._flock.session, self._flock.plan.shape
+        session, size = self._flock.session, ask.answer_bytes
         self._asks[number] = ask
-        size = wire.STAMP_BYTES + shape.answer_bytes(ask.count)
         kind = wire.Kind.ANSWER
         self._wanted[number] = _header(kind, session, ask.ticket, ask.layer, 0, size)
         self._states[number] = library.MESSAGE_NONE
@@ -283,12 +282,10 @@ class ShmPlane:
             self._asks[number] = None
             return
         before = states.copy() if states.any() else 0
-        shape = self._flock.plan.shape
-        size = wire.STAMP_BYTES + shape.answer_bytes(ask.count)
         native = library.swift() if slot.swift else library.native()
         native.duck_messages_get(
             memory.address + slot.answers, slot.stride, len(states), self._wanted[number],
-            size, rows.address, rows.stride, states.ctypes.data,
+            ask.answer_bytes, rows.address, rows.stride, states.ctypes.data,
         )  # fmt: skip
         news = np.flatnonzero(states != before).tolist()
         for duck in news:

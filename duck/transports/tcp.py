@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,11 +22,13 @@ import numpy as np
 from duck import wire
 from duck.errors import DuckError, TransportError, WireError
 from duck.kernels import library
-from duck.seal import Opener, Sealer
-from duck.transports.base import Ask, AskTable
+from duck.seal import TAG_BYTES, Opener, Sealer
+from duck.transports import receive
+from duck.transports.base import SMALL_ROWS, Ask, AskTable
 from duck.transports.control import FlockTransport, Welcome
-from duck.transports.link import Ahead, Link, data_frames, frame_bytes
+from duck.transports.link import SPOILED, Link, data_frames, frame_bytes
 from duck.transports.listen import HostSession
+from duck.transports.receive import Arriving
 from duck.transports.sealed import sealed_frames
 
 if TYPE_CHECKING:
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 _TOKEN_BYTES = 16
-_MANY_ASKS = 64
 # What covers a frame; the host chooses. CRC-32C is the processor's own, and three times as fast.
 CHECKSUMS: dict[str, wire.Checksum] = {"crc32": zlib.crc32, "crc32c": library.crc32c}
 _NOTHING = memoryview(bytearray())  # where a message without a body goes
@@ -54,6 +56,16 @@ class TcpPlane:
         # The host has the native library when it can compile it; a duck always has.
         self._checksum = "crc32c" if library.is_loaded() else "crc32"
         self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
+        self._collector = Collector(flock, self._links) if self._collects() else None
+
+    def _collects(self) -> bool:
+        """Whether answers are received natively; else each connection does it by itself."""
+        return receive.is_available()
+
+    @property
+    def checksum(self) -> wire.Checksum:
+        """What covers messages that are not sealed."""
+        return CHECKSUMS[self._checksum]
 
     def offer(self, duck: int, link: Link) -> Mapping[str, Any]:
         return {"checksum": self._checksum}
@@ -70,18 +82,16 @@ class TcpPlane:
         opener = None
         if flock.keys:
             opener = Opener(flock.keys.to_host(self.name, duck, welcome.nonce))
-        checksum = CHECKSUMS[self._checksum]
-        link.carry_data(_Answers(flock.asks, duck, flock.session), opener, checksum)
+        answers = _Answers(flock.asks, duck, flock.session, self._collector)
+        link.carry_data(answers, opener, self.checksum)
         self._links[duck] = link
         flock.watch(link, duck)
+        if self._collector:
+            self._collector.add(duck, link, opener)
 
     def send(self, ask: Ask, body: bytes) -> None:
-        if self._checksum == "crc32c" or self._sealer:
-            size = wire.STAMP_BYTES + self._flock.plan.shape.answer_bytes(ask.count)
-            ask.front = wire.HEADER.pack(
-                wire.MAGIC, wire.VERSION, wire.Kind.ANSWER, self._flock.session, ask.ticket,
-                ask.layer, 0, 0, 1, size, 0, 0,
-            )[:28]  # fmt: skip
+        if self._collector:
+            self._collector.expect(ask)
         # Headers, checksums and seals are the same for all ducks: made once, written N times.
         self._write(self._frames(wire.Kind.ASK, ask, body), self._links.values())
 
@@ -94,68 +104,147 @@ class TcpPlane:
         session, ticket, layer = self._flock.session, ask.ticket, ask.layer
         if self._sealer:
             return sealed_frames(self._sealer, kind, session, ticket, layer, wire.HOST, body)
-        checksum = CHECKSUMS[self._checksum]
-        return b"".join(data_frames(kind, session, ticket, layer, wire.HOST, body, checksum))
+        return b"".join(data_frames(kind, session, ticket, layer, wire.HOST, body, self.checksum))
 
-    def _write(self, data: bytes | bytearray, links: Iterable[Link]) -> None:
+    def _write(self, data: bytes | bytearray, links: Collection[Link]) -> None:
         for link in links:
             link.write(data)
-            self._sends += 1
+        self._sends += len(links)
 
     def tick(self) -> None:
         """Nothing is due: TCP sends again by itself."""
 
     def heard(self, duck: int) -> int:
-        return self._links[duck].heard
+        collected = self._collector.heard(duck) if self._collector else 0
+        return self._links[duck].heard + collected
 
     def stats(self) -> Mapping[str, float]:
         links = self._links.values()
         return {
             "late_answers": sum(link.dropped for link in links),
-            "calls": self._sends + sum(link.heard for link in links),  # that sent or received
+            "calls": self._sends + sum(map(self.heard, self._links)),  # that sent or received
             "refused": sum(link.error is not None for link in links),  # ducks, for what they sent
         }
 
     def close(self) -> None:
-        """Nothing to give back: the flock drops its connections itself."""
+        """Listen no more; the flock drops its connections itself."""
+        if self._collector:
+            self._collector.close()
+
+
+class Collector:
+    """Receives the answers of all connections at once, and leaves to each what is none.
+
+    Sealed answers are put together in memory of their own, and opened into their rows. Those of
+    long asks go the long way then, as do all that come in several frames.
+    """
+
+    def __init__(self, flock: FlockTransport, links: Mapping[int, Link]) -> None:
+        self._flock, self._links = flock, links
+        self._loop = asyncio.get_running_loop()
+        ducks, shape = flock.plan.ducks, flock.plan.shape
+        seal = TAG_BYTES if flock.keys else 0
+        self._open = receive.OpenAsks(flock.session, ducks, seal, check=not flock.keys)
+        self._inlets = receive.Inlets(ducks, self._open)
+        self._openers: dict[int, Opener] = {}
+        small = wire.STAMP_BYTES + shape.answer_bytes(min(SMALL_ROWS, shape.max_rows))
+        self._arriving = Arriving(ducks, wire.HEADER_BYTES + small + seal)
+        self._loop.add_reader(self._inlets.descriptor, self._readable)
+
+    def add(self, duck: int, link: Link, opener: Opener | None) -> None:
+        """From now on, receive from this connection."""
+        if opener:
+            self._openers[duck] = opener
+        self._inlets.add(duck, link.hand_over())
+
+    def expect(self, ask: Ask) -> None:
+        """An ask is about to be sent."""
+        if ask.fragments > 1:
+            return
+        place, stride = ask.rows.address, ask.rows.stride
+        if self._flock.keys:
+            if ask.count > SMALL_ROWS:
+                return
+            place = self._arriving.take(ask.ticket) + wire.HEADER_BYTES
+            stride = self._arriving.stride
+        self._open.add(ask, ask.answer_bytes, 1, place, stride)
+
+    def _readable(self) -> None:
+        asks = self._flock.asks
+        for ticket in self._open.ended(asks.open_asks):
+            self._forget(ticket)
+        for event in self._inlets.receive():
+            link = self._links[event.duck]
+            if event.what == library.MESSAGE_GOOD:
+                waiting = self._open.get(event.ticket)
+                assert waiting
+                try:
+                    self._open_sealed(event.duck, waiting)
+                except WireError as error:
+                    link.blame(error)
+                else:
+                    asks.arrived_whole(waiting.ask, (event.duck,))
+            elif event.what == library.MESSAGE_BAD:
+                link.blame(WireError(SPOILED))
+            elif event.what == library.MESSAGE_OTHER:
+                self._leave(event.duck, link)
+            elif event.what == library.EVENT_READABLE:
+                link.read()
+                self._inlets.turn(event.duck, link.between_frames)
+            elif event.error:
+                link.abort(f"connection lost ({os.strerror(event.error)})")
+            else:
+                link.abort("connection closed")
+
+    def _open_sealed(self, duck: int, waiting: receive.Waiting) -> None:
+        """Open an answer into its row, if it is sealed.
+
+        Raises:
+            WireError: it is not authentic.
+        """
+        if not self._openers:
+            return
+        sealed = self._arriving.of(waiting.ask.ticket, duck)
+        stop = wire.HEADER_BYTES + waiting.ask.answer_bytes
+        head, body = sealed[: wire.HEADER_BYTES], sealed[wire.HEADER_BYTES : stop + TAG_BYTES]
+        self._openers[duck].open_into(head, body, waiting.ask.rows.landing[duck])
+
+    def _leave(self, duck: int, link: Link) -> None:
+        """What has begun to come is the connection's own business."""
+        link.feed(self._inlets.begun(duck))
+        self._inlets.turn(duck, link.between_frames)
+
+    def has_come(self, duck: int, ask: Ask) -> None:
+        """An answer went the long way: its row must not be written to any more."""
+        if waiting := self._open.get(ask.ticket):
+            waiting.missing[duck] = 0
+
+    def _forget(self, ticket: int) -> None:
+        """An ask is over; its rows must not be written to."""
+        for duck in self._inlets.receiving(ticket):
+            self._leave(duck, self._links[duck])
+        self._open.remove(ticket)
+        self._arriving.give_back(ticket)
+
+    def heard(self, duck: int) -> int:
+        """Receptions: any change is a sign of life."""
+        return self._inlets.calls(duck)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._inlets.descriptor)
+        self._inlets.close()
 
 
 class _Answers:
     """What one duck may send on its data connection, and where it lands."""
 
-    def __init__(self, asks: AskTable, duck: int, session: int) -> None:
+    def __init__(
+        self, asks: AskTable, duck: int, session: int, collector: Collector | None
+    ) -> None:
         self._asks, self._duck, self._session = asks, duck, session
-        self._source = duck.to_bytes(2, "little")
-        self._whole: set[int] = set()  # tickets of open asks, and of some older ones, that landed
+        self._collector = collector
         self._limit = wire.STAMP_BYTES + asks.plan.shape.answer_bytes(asks.plan.shape.max_rows)
         self._text = memoryview(bytearray(_TEXT_BYTES))
-
-    def ahead(self) -> Ahead | None:
-        """The answer to the oldest ask that this duck owes, when it is one frame."""
-        for ask in self._asks.open_asks.values():
-            # Not by what is noted: that may be later, and what has landed must not be written to.
-            if ask.ticket not in self._whole and not ask.gather.has(self._duck):
-                if not ask.front or ask.fragments > 1:
-                    return None
-                front = ask.front[:14] + self._source + ask.front[16:]
-                size = wire.HEADER_BYTES + int.from_bytes(front[20:24], "little")
-                rows, duck = ask.rows, self._duck
-                address = rows.address - wire.HEADER_BYTES + duck * rows.stride
-                return Ahead(ask.ticket, rows.framed[duck][:size], address, front)
-        return None
-
-    def wants(self, ticket: int) -> bool:
-        return ticket in self._asks.open_asks
-
-    def landed(self, ticket: int) -> None:
-        self._note(self._asks.open_asks[ticket], 0, 1)
-
-    def _note(self, ask: Ask, fragment: int, fragments: int) -> None:
-        if fragments == 1:
-            if len(self._whole) > _MANY_ASKS:
-                self._whole &= self._asks.open_asks.keys()
-            self._whole.add(ask.ticket)
-        self._asks.arrived(ask, self._duck, fragment, fragments)
 
     def check(self, header: wire.Header) -> int:
         if header.session != self._session or header.source != self._duck:
@@ -167,11 +256,10 @@ class _Answers:
         size = frame_bytes(header, self._limit)
         ask = self._asks.open_asks.get(header.ticket)
         if ask is not None:
-            expected = wire.STAMP_BYTES + self._asks.plan.shape.answer_bytes(ask.count)
-            if header.layer != ask.layer or header.message_bytes != expected:
+            if header.layer != ask.layer or header.message_bytes != ask.answer_bytes:
                 raise WireError(
                     f"an answer of {header.message_bytes} bytes for layer {header.layer}, "
-                    f"want {expected} for layer {ask.layer}"
+                    f"want {ask.answer_bytes} for layer {ask.layer}"
                 )
             if ask.gather.seen(self._duck, header.fragment):
                 raise WireError(f"fragment {header.fragment} of an answer came twice")
@@ -187,7 +275,10 @@ class _Answers:
         if header.kind == wire.Kind.ERROR:
             text = bytes(self._text[: header.message_bytes]).decode("utf-8", "replace")
             raise WireError(f"the duck could not answer: {wire.plain(text)}")
-        self._note(self._asks.open_asks[header.ticket], header.fragment, header.fragments)
+        ask = self._asks.open_asks[header.ticket]
+        if self._collector:
+            self._collector.has_come(self._duck, ask)
+        self._asks.arrived(ask, self._duck, header.fragment, header.fragments)
 
 
 class TcpTransport(FlockTransport):
@@ -242,7 +333,7 @@ class TcpFeed:
         feeds: dict[bytes, TcpFeed],
         checksum: wire.Checksum = zlib.crc32,
     ) -> None:
-        self._checksum = checksum
+        self.checksum = checksum
         self.token = secrets.token_bytes(_TOKEN_BYTES)
         self.link: Link | None = None
         self._session, self._feeds = session, feeds
@@ -262,7 +353,7 @@ class TcpFeed:
 
     def carry(self, link: Link) -> None:
         """This is the data connection."""
-        link.carry_data(self, self._opener, self._checksum)
+        link.carry_data(self, self._opener, self.checksum)
         self.link = link
         link.on_close = self._closed
         link.send({"t": "OK"})
@@ -279,16 +370,6 @@ class TcpFeed:
             self.link.abort("the session ended")
 
     # the frames of the data connection
-
-    def ahead(self) -> Ahead | None:
-        """Asks are of any size, and go into memory of their own."""
-        return None
-
-    def wants(self, ticket: int) -> bool:
-        return False
-
-    def landed(self, ticket: int) -> None:
-        raise AssertionError("nothing was looked ahead to")
 
     def check(self, header: wire.Header) -> int:
         if header.session != self._session.id or header.source != wire.HOST:
@@ -350,7 +431,7 @@ class TcpFeed:
                 self._sealer, kind, session.id, ticket, layer, session.duck, message
             )
             return [sealed]
-        return data_frames(kind, session.id, ticket, layer, session.duck, message, self._checksum)
+        return data_frames(kind, session.id, ticket, layer, session.duck, message, self.checksum)
 
     def _send(self, frames: Sequence[bytes | bytearray | memoryview]) -> None:
         if self.link and not self.link.transport.is_closing():

@@ -129,11 +129,15 @@ def sealed(
 
 
 def verified(
-    opener: Opener | None, header: wire.Header, message: memoryview, out: memoryview
+    opener: Opener | None,
+    header: wire.Header,
+    message: memoryview,
+    out: memoryview,
+    checksum: wire.Checksum,
 ) -> bool:
     """Whether a message is the one that was sent; if it was sealed, its body is in `out` then."""
     if opener is None:
-        return wire.check_message(header, message)
+        return wire.check_message(header, message, checksum)
     try:
         open_message(opener, header, message, out)
     except WireError:
@@ -150,7 +154,7 @@ def note(
     source: int,
     payload: bytes,
 ) -> bytes:
-    """A message in a single datagram."""
+    """A message in a single datagram; its checksum is CRC-32 on every machine."""
     message = sealed(sealer, kind, session, ticket, layer, source, payload)
     return wire.pack_header(kind, session, ticket, layer, source, payload=message) + message
 

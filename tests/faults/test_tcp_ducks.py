@@ -29,7 +29,7 @@ IDS = np.zeros((1, 2), np.int32)
 
 @pytest.fixture(autouse=True, params=["crc32", "crc32c"])
 def _checksum(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frames are received by the long way with one, and looked ahead to with the other."""
+    """Frames are received by the long way with one, and natively with the other."""
     monkeypatch.setattr(library, "is_loaded", lambda: request.param == "crc32c")
 
 
@@ -307,6 +307,41 @@ async def test_fragments_mixed_and_a_cancelled_ask_between() -> None:
             np.testing.assert_array_equal((await ask).partials(4)[0], part)
             ask.release()
         assert transport.stats()["late_answers"] == 1
+
+
+async def test_a_late_answer_right_before_one_that_is_waited_for() -> None:
+    """They come in one stretch; nothing that comes after may touch the row of the second."""
+    plan = plan_for(2)
+    rng = np.random.default_rng(0)
+    late, first, second = (rng.standard_normal((rows, 8), np.float32) for rows in (1, 2, 1))
+    ducks = [ScriptedDuck(), ScriptedDuck()]
+    async with contextlib.AsyncExitStack() as stack:
+        for duck in ducks:
+            await stack.enter_async_context(duck.listening())
+        transport = TcpTransport([duck.address for duck in ducks])
+        stack.push_async_callback(transport.close)
+        await transport.start(plan)
+        peers = [await duck.data.get() for duck in ducks]
+        gone = await _ask(transport, 1)
+        gone.cancel()
+        asks = [await _ask(transport, 2, rows=2), await _ask(transport, 3)]
+        for peer in peers:
+            heads = [(await peer.frame())[0] for _ in range(4)]
+        heads = [head for head in heads if head.kind == wire.Kind.ASK]
+        values = (late, first, second)
+        parts = [answer(plan, head, part) for head, part in zip(heads, values, strict=True)]
+        peers[0].writer.write(parts[0] + parts[1] + parts[2])
+        async with asyncio.timeout(WAIT_S):
+            while not asks[1].gather.has(0):  # noqa: ASYNC110 (all of it has come)
+                await asyncio.sleep(0.001)
+        assert asks[0].gather.has(0)
+        assert not asks[0].gather.has(1)
+        for head, part in zip(heads[1:], values[1:], strict=True):
+            peers[1].writer.write(answer(plan, head, part + 1, source=1))
+        for ask, part in zip(asks, values[1:], strict=True):
+            partials = (await ask).partials(len(part))
+            np.testing.assert_array_equal(partials, np.stack([part, part + 1]))
+            ask.release()
 
 
 def _flip(data: bytes, at: int) -> bytes:

@@ -19,6 +19,7 @@ NAMES = {
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("capability", "part"),
     [
@@ -41,7 +42,7 @@ def test_kernels_compile_and_fit(capability: int, part: str, tmp_path: Path) -> 
         text=True,
         env=environment,
         cwd=ROOT,
-        timeout=110,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

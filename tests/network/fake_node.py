@@ -1,7 +1,8 @@
 """Duck processes that answer at once, each in its network namespace.
 
 `python -m tests.network.fake_node NAMESPACE=HOST:PORT ...` forks one for each: that many processes
-for the price of one start. Their partial sums are x * (number + 1) + layer. They end with stdin.
+for the price of one start. Their partial sums are x * (number + 1) + layer; with `--echo` before
+the addresses they are those of `duck bench transport`, which cost less. They end with stdin.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 import uvloop
 
+from duck.kernels import library
 from duck.placement import Plan
+from duck.transports import bench_ducks
 from duck.transports.base import Loading
 from duck.transports.listen import ListeningDuck
 from duck.transports.planes import duck_planes
@@ -41,14 +44,15 @@ def partial_sums(number: int, layer: int, x: np.ndarray) -> np.ndarray:
     return x * np.float32(number + 1) + np.float32(layer)
 
 
-async def _serve(listen: str) -> None:
+async def _serve(listen: str, *, echo: bool) -> None:
     def ready(address: str) -> None:
         line = json.dumps({"event": "listening", "address": address})
         os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
 
     ended = asyncio.Event()
     asyncio.get_running_loop().add_reader(0, ended.set)  # readable when the test is gone
-    serving = asyncio.create_task(ListeningDuck(listen, ready, duck_planes()).serve(FakeNode()))
+    end = ListeningDuck(listen, ready, bench_ducks._planes() if echo else duck_planes())
+    serving = asyncio.create_task(end.serve(bench_ducks._Nothing() if echo else FakeNode()))
     await asyncio.wait([serving, asyncio.create_task(ended.wait())], return_when="FIRST_COMPLETED")
     serving.cancel()
     await asyncio.wait([serving])
@@ -56,13 +60,16 @@ async def _serve(listen: str) -> None:
 
 def main() -> None:
     """Fork the ducks and wait for them."""
-    for word in sys.argv[1:]:
+    words = sys.argv[1:]
+    echo = words[0] == "--echo"
+    library.native()  # once, and not in each of them
+    for word in words[echo:]:
         namespace, _, listen = word.partition("=")
         if not os.fork():
             enter(namespace)
-            uvloop.run(_serve(listen))
+            uvloop.run(_serve(listen, echo=echo))
             os._exit(0)
-    for _ in sys.argv[1:]:
+    for _ in words[echo:]:
         os.wait()
 
 

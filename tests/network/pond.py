@@ -173,13 +173,16 @@ class Pond:
         for process in self.processes[-self.ducks :]:
             self._wait_for_one(process)
 
-    def start_fake_ducks(self) -> None:
-        """A process on every duck that answers at once; waits until all of them listen."""
+    def start_fake_ducks(self, *options: str) -> None:
+        """A process on every duck that answers at once; waits until all of them listen.
+
+        options: of fake_node.py.
+        """
         ducks = [
             f"{self._prefix}-m{number + 1}={address}"
             for number, address in enumerate(self.addresses())
         ]
-        process = self.start(0, "-m", "tests.network.fake_node", *ducks)
+        process = self.start(0, "-m", "tests.network.fake_node", *options, *ducks)
         for _ in ducks:
             self._wait_for_one(process)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from duck import wire
 from duck.errors import TransportError, WireError
-from duck.kernels import library
-from duck.transports.link import Ahead, Link, data_frames, frame_bytes
+from duck.transports.link import Link, data_frames, frame_bytes
 
 
 class FakeTransport:
@@ -43,32 +42,10 @@ class FakeTransport:
 class Landing:
     """Frames of session 1, each landing in a fresh place; tickets in `unwanted` have none."""
 
-    def __init__(self, guesses: Sequence[int] = ()) -> None:
+    def __init__(self) -> None:
         self.got: list[tuple[wire.Header, bytes]] = []
         self.unwanted: set[int] = set()
         self.places: dict[int, bytearray] = {}
-        self.guesses = guesses  # how long the message of each ticket will be, 0 for no idea
-        self.ahead_of: dict[int, memoryview] = {}
-        self.straight = 0  # frames that came as they were looked ahead to
-
-    def ahead(self) -> Ahead | None:
-        ticket = len(self.got)
-        size = self.guesses[ticket] if ticket < len(self.guesses) else 0
-        if not size:
-            return None
-        front = wire.HEADER.pack(
-            wire.MAGIC, wire.VERSION, wire.Kind.ASK, 1, ticket, ticket, 5, 0, 1, size, 0, 0
-        )
-        place = self.ahead_of[ticket] = memoryview(bytearray(32 + size))
-        return Ahead(ticket, place, library.address_of(place), front[:28])
-
-    def wants(self, ticket: int) -> bool:
-        return ticket not in self.unwanted
-
-    def landed(self, ticket: int) -> None:
-        self.straight += 1
-        whole = self.ahead_of[ticket]
-        self.got.append((wire.unpack_header(whole), bytes(whole[32:])))
 
     def check(self, header: wire.Header) -> int:
         if header.session != 1:
@@ -137,55 +114,6 @@ def test_frames_land_however_they_are_cut(messages: list[bytes], sizes: list[int
         assert [payload for _, payload in frames.got] == messages
         assert [header.ticket for header, _ in frames.got] == list(range(len(messages)))
         assert not transport.ended
-
-    run(scenario)
-
-
-GUESSES = st.lists(st.sampled_from(["right", "longer", "shorter", "none"]), max_size=5)
-
-
-def _guessed(messages: list[bytes], guesses: list[str]) -> list[int]:
-    change = {"right": 0, "longer": 7, "shorter": -1}
-    return [
-        0 if guess == "none" else max(1, len(message) + change[guess])
-        for message, guess in zip(messages, guesses, strict=False)
-    ]
-
-
-@given(MESSAGES, GUESSES, SIZES)
-def test_guesses_change_nothing(
-    messages: list[bytes], guesses: list[str], sizes: list[int]
-) -> None:
-    """Whatever the link looks ahead to, right or wrong, the same frames land."""
-
-    async def scenario() -> None:
-        frames = Landing(_guessed(messages, guesses))
-        link, transport = connected(frames, library.crc32c)
-        receive(link, _stream(messages, checksum=library.crc32c), sizes)
-        assert [payload for _, payload in frames.got] == messages
-        assert [header.ticket for header, _ in frames.got] == list(range(len(messages)))
-        assert not transport.ended
-        if all(guess == "right" for guess in guesses):
-            assert frames.straight == min(len(guesses), len(messages))
-
-    run(scenario)
-
-
-@given(MESSAGES.filter(len), GUESSES, SIZES, st.integers(0))
-def test_a_damaged_frame_never_arrives_by_a_guess(
-    messages: list[bytes], guesses: list[str], sizes: list[int], flip: int
-) -> None:
-    async def scenario() -> None:
-        frames = Landing(_guessed(messages, guesses))
-        link, transport = connected(frames, library.crc32c)
-        damaged = bytearray(_stream(messages, checksum=library.crc32c))
-        at = flip % (len(damaged) * 8)
-        damaged[at // 8] ^= 1 << at % 8
-        receive(link, bytes(damaged), sizes)
-        arrived = [payload for _, payload in frames.got]
-        assert arrived == messages[: len(arrived)]
-        assert sum(len(message) + 32 for message in arrived) <= at // 8
-        assert transport.ended or link._header is not None or link._have
 
     run(scenario)
 
@@ -265,22 +193,6 @@ async def test_memory_given_up_in_the_middle_of_a_frame_is_not_written_again() -
     assert frames.places[0] == b"a" * 60 + bytes(40)
     assert [payload for _, payload in frames.got] == [b"b" * 100]
     assert link.dropped == 1
-
-
-async def test_memory_given_up_in_the_middle_of_a_frame_that_was_looked_ahead_to() -> None:
-    frames = Landing([100, 100])
-    link, _ = connected(frames, library.crc32c)
-    data = _stream([b"a" * 100, b"b" * 100], checksum=library.crc32c)
-    receive(link, data[: 32 + 60], [1000])
-    place = frames.ahead_of[0]
-    frames.unwanted.add(0)
-    receive(link, data[32 + 60 : 132], [17])
-    assert place[32:] == b"a" * 60 + bytes(40)
-    assert link.dropped == 1
-    assert not frames.got
-    frames.guesses = ()
-    receive(link, data[132:], [17])
-    assert [payload for _, payload in frames.got] == [b"b" * 100]
 
 
 async def test_bytes_ahead_of_the_switch() -> None:

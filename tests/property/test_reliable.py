@@ -143,7 +143,7 @@ class Host:
             return
         row = self.rows[header.ticket][duck]
         row[header.offset : header.offset + len(payload)] = payload
-        if not self.half.whole(duck, header.ticket):
+        if self.half.missing(duck, header.ticket):
             return
         if not wire.check_message(header, bytes(row)):
             self.half.failed(duck, header.ticket, self.world.now)

@@ -14,7 +14,6 @@ from duck import wire
 from duck.errors import WireError
 from duck.keys import ClusterKey
 from duck.seal import Channel, Opener, Sealer, SessionKeys, overhead
-from duck.transports.link import Ahead
 from duck.transports.sealed import SealedFrames, open_message, sealed_frames, sealed_message
 from duck.wire import Kind
 
@@ -23,32 +22,11 @@ CHANNEL: Channel = SessionKeys(ClusterKey(bytes(range(32))), bytes(16), bytes(32
 
 
 class Recorder:
-    """Frames of any kind that fit; `said` has (kind, ticket, body) of every whole message.
+    """Frames of any kind that fit; `said` has (kind, ticket, body) of every whole message."""
 
-    expects: tickets of ANSWERs of so many bytes that it looks ahead to, in this order.
-    """
-
-    def __init__(self, expects: dict[int, int] | None = None) -> None:
+    def __init__(self) -> None:
         self.said: list[tuple[Kind, int, bytes]] = []
-        self.looked = 0
-        self._expects = dict(expects or {})
         self._memory = memoryview(bytearray(LIMIT))
-
-    def ahead(self) -> Ahead | None:
-        for ticket, size in self._expects.items():
-            front = wire.HEADER.pack(
-                wire.MAGIC, wire.VERSION, Kind.ANSWER, 1, ticket, 2, 3, 0, 1, size, 0, 0
-            )[:28]
-            return Ahead(ticket, self._memory[: wire.HEADER_BYTES + size], 0, front)
-        return None
-
-    def wants(self, ticket: int) -> bool:
-        return ticket in self._expects
-
-    def landed(self, ticket: int) -> None:
-        self.looked += 1
-        size = self._expects.pop(ticket)
-        self.said.append((Kind.ANSWER, ticket, bytes(self._memory[32 : 32 + size])))
 
     def check(self, header: wire.Header) -> int:
         if header.message_bytes > LIMIT:
@@ -59,7 +37,6 @@ class Recorder:
         return self._memory[header.offset :]
 
     def arrived(self, header: wire.Header) -> None:
-        self._expects.pop(header.ticket, None)
         if header.fragment + 1 == header.fragments:
             body = bytes(self._memory[: header.message_bytes])
             self.said.append((header.kind, header.ticket, body))
@@ -91,21 +68,15 @@ MESSAGES = st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=200)), m
 STEPS = st.lists(st.integers(1, 400), min_size=1, max_size=5)
 
 
-@given(MESSAGES, STEPS, st.booleans())
+@given(MESSAGES, STEPS)
 def test_what_was_said_comes_out_however_it_is_cut(
-    messages: list[tuple[Kind, bytes]], steps: list[int], looks_ahead: bool
+    messages: list[tuple[Kind, bytes]], steps: list[int]
 ) -> None:
-    answers = {
-        ticket: len(body)
-        for ticket, (kind, body) in enumerate(messages, 1)
-        if kind is Kind.ANSWER and looks_ahead
-    }
-    recorder = Recorder(answers)
+    recorder = Recorder()
     feed(SealedFrames(recorder, Opener(CHANNEL)), stream_of(messages), steps)
     assert recorder.said == [
         (kind, ticket, body) for ticket, (kind, body) in enumerate(messages, 1)
     ]
-    assert recorder.looked == len(answers)
 
 
 @pytest.mark.parametrize("step", [1 << 20, 70_001])

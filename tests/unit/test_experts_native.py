@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duck import wire
 from duck.errors import ConfigError, WeightsError
 from duck.kernels import bench, build, library
 from duck.kernels.experts import NativeExperts, Sizes, pack, resident_for
@@ -471,12 +472,49 @@ def test_bf16_rows() -> None:
     np.testing.assert_array_equal(back.view(np.uint32), codes.astype(np.uint32) << 16)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1, 7), (3, 2, 2048), (5, 3, 1031), (4, 9, 4096)])
+def test_sum_of_rows_in_their_order(dtype: str, shape: tuple[int, int, int]) -> None:
+    """The same bits as adding one after the other; rows lie apart."""
+    ducks, rows, hidden = shape
+    values = np.random.default_rng(ducks).standard_normal((ducks, rows * hidden + 8), np.float32)
+    values *= 10.0 ** np.random.default_rng(rows).integers(-6, 6, values.shape)
+    apart = wire.to_wire(values, dtype)
+    partials = np.lib.stride_tricks.as_strided(
+        apart, shape, (apart.strides[0], hidden * apart.itemsize, apart.itemsize)
+    )
+    want = wire.to_float32(partials[0]).copy()
+    for partial in partials[1:]:
+        want += wire.to_float32(partial)
+    total, finite = library.sum_rows(partials)
+    assert finite
+    assert total.shape == (rows, hidden)
+    np.testing.assert_array_equal(total.view(np.uint32), want.view(np.uint32))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2047, 2048, 4999])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sum_that_is_not_finite(dtype: str, bad: float, place: int) -> None:
+    values = np.zeros((3, 1, 5000), np.float32)
+    values[2, 0, place] = bad
+    total, finite = library.sum_rows(wire.to_wire(values, dtype))
+    assert not finite
+    assert np.flatnonzero(~np.isfinite(total[0])).tolist() == [place]
+
+
+def test_a_sum_that_overflows() -> None:
+    total, finite = library.sum_rows(np.full((3, 1, 4), 2e38, np.float32))
+    assert not finite
+    assert np.isposinf(total).all()
+
+
 def test_atomic_add() -> None:
     counter = np.zeros(2, np.uint32)
 
     def count() -> None:
         for _ in range(2000):
-            library.atomic_add_u32(counter[1:], 1)
+            library.atomic_add_u32(counter.ctypes.data + 4, 1)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:
@@ -484,7 +522,7 @@ def test_atomic_add() -> None:
     for thread in threads:
         thread.join()
     assert counter.tolist() == [0, 8000]
-    assert library.atomic_add_u32(counter[1:], 2**32 - 1) == 8000
+    assert library.atomic_add_u32(counter.ctypes.data + 4, 2**32 - 1) == 8000
     assert counter[1] == 7999
 
 

@@ -138,17 +138,31 @@ def test_auto_takes_serial_where_overlapping_costs_more_than_it_hides(*, can_dra
         assert chooser.way(1) == Way(want, draft=can_draft)
 
 
-def test_serial_is_tried_once() -> None:
-    """What overlapping costs is the machine's; only what the text changes is looked at again."""
+@pytest.mark.parametrize(("gain", "looks"), [(0.9, 1), (0.98, 3), (1.0, 3)])
+def test_serial_is_tried_again_only_where_it_comes_close(gain: float, looks: int) -> None:
+    """gain: a batch's step by a serial one's."""
     chooser = auto()
     seen = []
     for _ in range(3 * RECHECK_STEPS):
         way = chooser.way(1)
         seen.append(way.policy)
-        if chooser.note(way, 1 / tokens_per_second(way, TUNED), proposed=1, accepted=1):
+        seconds = gain if way.policy is BATCH else 1.0
+        if chooser.note(way, seconds, proposed=1, accepted=1):
             chooser.decide(way, TUNED, sessions=1)
-    assert seen.count(SERIAL) == PROBE_STEPS
+    assert chooser.way(1).policy is WAVE
     assert seen.count(BATCH) == 3 * PROBE_STEPS
+    assert seen.count(SERIAL) == looks * PROBE_STEPS
+
+
+def test_a_step_that_was_held_up_makes_nothing_serial() -> None:
+    chooser = auto(can_draft=False)
+    for number in range(40):
+        way = chooser.way(1)
+        form = serial if way.policy is SERIAL else batch
+        seconds = form(TUNED, draft=False) / 1e3 + (10 if number == 2 else 0)
+        if chooser.note(way, seconds, proposed=0, accepted=0):
+            chooser.decide(way, TUNED, sessions=1)
+    assert chooser.way(1).policy is BATCH
 
 
 def test_auto_may_be_told_to_draft() -> None:

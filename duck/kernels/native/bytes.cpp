@@ -1,4 +1,4 @@
-// What transports need: an atomic counter, a checksum, and rows in bf16.
+// What transports need: an atomic counter, a checksum, rows in bf16, and their sum.
 #include <array>
 #include <cstring>
 
@@ -123,4 +123,67 @@ void duck_f32_from_bf16(const std::uint16_t* from, float* to, std::size_t count)
     const std::uint32_t bits = std::uint32_t(from[i]) << 16;
     std::memcpy(to + i, &bits, sizeof bits);
   }
+}
+
+namespace {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DUCK_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define DUCK_WIDE
+#endif
+
+// So many sums stay in the nearest cache while all rows are added to them.
+constexpr std::size_t kSums = 2048;
+
+float number(std::uint16_t code) {
+  const std::uint32_t bits = std::uint32_t{code} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float number(float value) { return value; }
+
+template <typename T>
+inline __attribute__((always_inline)) bool sum(const char* rows, std::size_t stride, int ducks,
+                                               std::size_t count, float* to) {
+  std::uint32_t endless = 0;
+  for (std::size_t begin = 0; begin < count; begin += kSums) {
+    const std::size_t size = count - begin < kSums ? count - begin : kSums;
+    float* sums = to + begin;
+    for (int duck = 0; duck < ducks; ++duck) {
+      const auto* row = reinterpret_cast<const T*>(rows + duck * stride) + begin;
+      if (duck == 0) {
+        for (std::size_t i = 0; i < size; ++i) sums[i] = number(row[i]);
+      } else {
+        for (std::size_t i = 0; i < size; ++i) sums[i] += number(row[i]);
+      }
+    }
+    for (std::size_t i = 0; i < size; ++i) {
+      std::uint32_t bits;
+      std::memcpy(&bits, sums + i, sizeof bits);
+      endless |= (bits & 0x7F800000u) == 0x7F800000u;
+    }
+  }
+  return !endless;
+}
+
+DUCK_WIDE bool sum_bf16(const char* rows, std::size_t stride, int ducks, std::size_t count,
+                        float* to) {
+  return sum<std::uint16_t>(rows, stride, ducks, count, to);
+}
+
+DUCK_WIDE bool sum_f32(const char* rows, std::size_t stride, int ducks, std::size_t count,
+                       float* to) {
+  return sum<float>(rows, stride, ducks, count, to);
+}
+
+}  // namespace
+
+int duck_rows_sum(const void* rows, std::size_t stride, int ducks, std::size_t count, int bf16,
+                  float* to) {
+  const auto* first = static_cast<const char*>(rows);
+  return bf16 ? sum_bf16(first, stride, ducks, count, to)
+              : sum_f32(first, stride, ducks, count, to);
 }

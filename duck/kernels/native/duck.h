@@ -96,6 +96,11 @@ DUCK_API std::uint32_t duck_crc32c(std::uint32_t crc, const void* data, std::siz
 DUCK_API void duck_bf16_from_f32(const float* from, std::uint16_t* to, std::size_t count);
 DUCK_API void duck_f32_from_bf16(const std::uint16_t* from, float* to, std::size_t count);
 
+// to[i] = the rows' sum at i, added in their order, as floats. Rows of `count` bf16 numbers (if
+// `bf16`) or floats lie `stride` bytes apart. Returns whether every sum is finite.
+DUCK_API int duck_rows_sum(const void* rows, std::size_t stride, int ducks, std::size_t count,
+                           int bf16, float* to);
+
 // Messages in memory that processes share (messages.cpp): a header of 32 bytes, whose last four are
 // the checksum of all else, then the body. Places are aligned to 8 bytes.
 //
@@ -111,12 +116,76 @@ enum duck_message : std::uint8_t {
   DUCK_MESSAGE_OTHER = 3,  // the ticket is right and another field of the header is not; not copied
 };
 
-// Looks at one where it lies, header and body; `want` is 28 bytes. Never NONE.
-DUCK_API std::uint8_t duck_message_check(const void* place, const void* want, std::size_t bytes);
-
 // Copies the bodies of the messages that lie `stride` apart into rows that lie `row_stride` apart:
 // those whose state is NONE and whose header is `want` (28 bytes; the source of the one at index i
 // is larger by i). Updates `states`; returns how many are not NONE any more.
 DUCK_API int duck_messages_get(const void* places, std::size_t stride, int count, const void* want,
                                std::size_t bytes, void* rows, std::size_t row_stride,
                                std::uint8_t* states);
+
+// Answers that come through sockets (receive.cpp), straight into the rows of the asks that wait for
+// them; what does not fit an open ask is left to the caller. Never waits.
+//
+// An open ask.
+struct duck_waiting {
+  std::uint8_t front[28];  // the header of duck 0's answer, up to the checksum
+  std::uint16_t check;     // whether the checksum is CRC-32C, and looked at here
+  std::uint16_t seal;      // bytes that follow a body in a stream
+  std::uint64_t place;     // where duck 0's body goes; room for a header lies before it in streams
+  std::uint64_t stride;    // from one duck's to the next
+  std::uint64_t missing;   // std::uint64_t[ducks]: fragments that have not come, as bits
+};
+
+// What came.
+struct duck_event {
+  std::uint32_t ticket;
+  std::uint16_t duck;
+  std::uint8_t what;  // duck_message, or one of the following
+  std::uint8_t error;
+  std::uint64_t bits;  // the fragments
+};
+
+enum duck_event_what : std::uint8_t {
+  DUCK_EVENT_ENDED = 4,     // the connection is closed, or lost by `error`
+  DUCK_EVENT_READABLE = 5,  // there is something that no ask waits for; nothing was received
+};
+
+// One connection, received from while its header is the one that is wanted. Frames other than that
+// are OTHER, with their first `have` bytes at `place`; from then on the connection is `off` until
+// the caller turns it on again.
+struct duck_inlet {
+  std::int32_t socket;
+  std::uint32_t off;
+  std::uint64_t place;  // of the frame that is being received, header and all
+  std::uint32_t ticket;
+  std::uint32_t have;   // bytes of it; 0: between two frames
+  std::uint32_t size;
+  std::uint32_t calls;  // receptions, a sign of life each
+};
+
+// Receives from the connections of so many ducks that are readable in `epoll`, where their data are
+// their sockets. Asks in the order in which they were sent. Returns how many events there are, at
+// most `most`, one a connection.
+DUCK_API int duck_inlets_receive(int epoll, duck_inlet* inlets, int ducks,
+                                 const duck_waiting* asks, int count, duck_event* events, int most);
+
+// What a datagram socket brought that is for the caller: a train of datagrams, `size` bytes long but
+// the last, at `offset` in the buffer.
+struct duck_train {
+  std::uint32_t offset, bytes, size;
+  std::uint32_t address, port;  // of the sender
+};
+
+struct duck_drained {
+  std::int32_t events, trains, calls, datagrams;
+  std::int32_t more;  // whether there may be more
+};
+
+// Receives the datagrams of a socket. Fragments of answers to open asks, from the duck's own address
+// (senders[duck]: address << 16 | port), are copied to where they belong, once each. payload: bytes
+// of every fragment but an answer's last.
+DUCK_API void duck_datagrams_receive(int socket, void* buffer, std::size_t room,
+                                     std::size_t payload, const duck_waiting* asks, int count,
+                                     const std::uint64_t* senders, int ducks, duck_event* events,
+                                     int most_events, duck_train* trains, int most_trains,
+                                     duck_drained* drained);

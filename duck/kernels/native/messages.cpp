@@ -52,13 +52,6 @@ void duck_message_put(void* place, const void* header, const void* first, std::s
   __atomic_store_n(ticket, field(head, kTicket), __ATOMIC_SEQ_CST);
 }
 
-std::uint8_t duck_message_check(const void* place, const void* want, std::size_t bytes) {
-  const auto* at = static_cast<const std::uint8_t*>(place);
-  if (std::memcmp(at, want, kCrc) != 0) return DUCK_MESSAGE_OTHER;
-  const std::uint32_t crc = duck_crc32c(duck_crc32c(0, at, kCrc), at + kHeader, bytes);
-  return crc == field(at, kCrc) ? DUCK_MESSAGE_GOOD : DUCK_MESSAGE_BAD;
-}
-
 int duck_messages_get(const void* places, std::size_t stride, int count, const void* want,
                       std::size_t bytes, void* rows, std::size_t row_stride, std::uint8_t* states) {
   std::uint8_t expected[kHeader];
