@@ -268,6 +268,7 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
         "dtype": "auto: float32 on cpu, bfloat16 on cuda",
         "kv": "what cached latents are held in (auto: dtype)",
         "indexer": "rounding of sparse attention's choice (auto: exact in float32, else fp8)",
+        "graphs": "record a layer's kernels once and replay them (auto: on GPUs)",
         "answers": "f32: partial sums travel in float32 even when asks travel in bfloat16",
         "experts": "int8: rounded, faster prefill; int4: half the memory, faster, rougher",
     }
@@ -288,6 +289,10 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
     flock.add_argument(
         "--trace", metavar="OUT.json",
         help="write what happened when, for ui.perfetto.dev and duck trace summarize (.gz: packed)",
+    )  # fmt: skip
+    flock.add_argument(
+        "--memory-trace", metavar="F",
+        help="write what memory is taken when, as lines of JSON",
     )  # fmt: skip
 
 
@@ -312,7 +317,8 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The Engine's options among the command line's."""
-    options = {name: getattr(arguments, name) for name in ("ducks", *CHOICES, "max_len", "trace")}
+    names = "ducks", *CHOICES, "max_len", "trace", "memory_trace"
+    options = {name: getattr(arguments, name) for name in names}
     return {**options, "key_file": _path(arguments.key_file, "--key-file")}
 
 

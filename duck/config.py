@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dtype": (("auto", "float32", "bfloat16"), ()),
     "kv": (("auto", "bf16", "fp8"), ()),
     "indexer": (("auto", "exact", "fp8"), ()),
+    "graphs": (("auto", "on", "off"), ()),
     "answers": (("auto", "f32"), ()),
     "experts": (("exact", "int8", "int4"), ()),
 }
@@ -89,7 +90,11 @@ class Options:
     answers: str = "auto"  # f32: partial sums travel in float32 although asks travel in bfloat16
     experts: str = "exact"  # int8, int4: rounded, for speed and memory; never chosen by itself
     key_file: str | Path | None = None  # the cluster's key; else [host] key_file of a flock.toml
+    # Whether a layer's work on few rows is recorded once and replayed; auto: on GPUs. On a CPU the
+    # same steps run over the same buffers, nothing is recorded, and nothing is gained.
+    graphs: str = "auto"
     trace: str | None = None  # the file to write what happened when to
+    memory_trace: str | None = None  # the file to write what memory is taken when to
 
     def __post_init__(self) -> None:
         for name, (ready, planned) in CHOICES.items():
@@ -102,6 +107,8 @@ class Options:
                 raise ConfigError(f"--{name} {value!r}: want one of {', '.join(ready)}")
         if self.trace is not None:
             output_file("trace", self.trace)
+        if self.memory_trace is not None:
+            output_file("memory-trace", self.memory_trace)
         if not isinstance(self.ducks, str):
             raise ConfigError(f"--ducks {self.ducks!r}: want a text, as local:2 or HOST:PORT")
         if self.max_len is not None and type(self.max_len) is not int:

@@ -2,6 +2,10 @@
 
 The event loop stays free to hear the ducks. The worker runs one piece of work at a time: attention
 that unlocks an ask before a shared expert, and that before lm_head, but nothing waits for ever.
+
+On a GPU the worker launches, and a second thread waits for what was launched, piece by piece. One
+piece is launched while another one runs, so that the GPU never waits for the host; and no more than
+that, since what has been launched can be overtaken by nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -31,6 +36,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # nothing urgent waits for it. In pieces, not in time: the same order on a fast device and on a
 # slow one, and nothing waits for ever.
 OVERTAKEN = {"shared": 4, "feed": 4, "guess": 8, "head": 8}
+
+# Pieces of work that may be launched and not done yet: one that runs, one that follows it at once.
+AHEAD = 2
 
 # The interpreter lets a thread run on for 5 ms when another wants to; the event loop would hear
 # the ducks that much later whenever the worker is between two kernels.
@@ -64,18 +72,48 @@ class Ran(NamedTuple, Generic[Result]):
     late: float = 0.0
 
 
+@dataclass(frozen=True)
+class Later(Generic[Result]):
+    """What a piece of work gives: how its result is made, once the device has come so far.
+
+    finish: makes it; quick, since others' results wait for it.
+    """
+
+    finish: Callable[[], Result]
+
+
+def now(result: Result) -> Later[Result]:
+    """A result that needs nothing more."""
+    return Later(lambda: result)
+
+
+# Marks where a device is with what was launched: calling the result waits until it has come there.
+Mark = Callable[[], Callable[[], None]]
+
+
+class _Launched(NamedTuple):
+    """A piece of work that the device has still to compute, or to come to the end of."""
+
+    reached: Callable[[], None]
+    later: Later[Any]
+    begun: float
+    future: asyncio.Future[Any]
+    loop: _Loop
+
+
 class Device:
     """A torch device and dtype, and the thread that computes on it.
 
     Args:
         device: auto, cpu or cuda.
         dtype: auto (float32 on the CPU, bfloat16 on CUDA), float32 or bfloat16.
+        mark: None on a CPU, where work is done when its call returns; CUDA's own on CUDA.
 
     Raises:
         ConfigError: cuda is asked for and there is none.
     """
 
-    def __init__(self, device: str, dtype: str) -> None:
+    def __init__(self, device: str, dtype: str, mark: Mark | None = None) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
@@ -86,16 +124,32 @@ class Device:
         self.name = device
         self.dtype_name = dtype
         self.dtype = DTYPES[dtype]
-        # (turn, number, call, future, loop); the lowest turn goes first, and numbers differ.
+        # (turn, number, stage, call, future, loop); the lowest turn goes first, and numbers differ.
         # Pushing and popping are each one step of the interpreter: the two threads need no lock.
-        self._queue: list[tuple[int, int, Callable[[], Any], asyncio.Future[Any], _Loop]] = []
+        self._queue: list[
+            tuple[int, int, Stage, Callable[[], Later[Any]], asyncio.Future[Any], _Loop]
+        ] = []
         self._wishes: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each in the queue
         self._number = itertools.count()
         self._closed = False
-        self._worker = threading.Thread(target=self._run, name="device", daemon=True)
-        self._worker.start()
+        if device == "cuda":
+            from duck import cuda
 
-    async def run(self, stage: Stage, work: Callable[[], Result]) -> Ran[Result]:
+            mark = cuda.mark
+        self._mark = mark
+        self._launched: queue.SimpleQueue[_Launched | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(AHEAD)  # for pieces that are launched and not yet done
+        self._ended = 0.0  # when the last piece was
+        self.explain: Callable[[Stage, BaseException], BaseException] = lambda _stage, error: error
+        self._threads = [threading.Thread(target=self._run, name="device", daemon=True)]
+        if mark is not None:
+            self._threads.append(
+                threading.Thread(target=self._await_launched, name="device done", daemon=True)
+            )
+        for thread in self._threads:
+            thread.start()
+
+    async def run(self, stage: Stage, work: Callable[[], Later[Result]]) -> Ran[Result]:
         """Compute `work()` on the worker under inference mode; who goes first: see OVERTAKEN.
 
         Cancelling stops the wait, and the work unless it has begun; then its result is dropped.
@@ -106,7 +160,7 @@ class Device:
         future: asyncio.Future[Ran[Result]] = loop.create_future()
         number = next(self._number)
         turn = number + OVERTAKEN.get(stage.name, 0)
-        heapq.heappush(self._queue, (turn, number, work, future, loop))
+        heapq.heappush(self._queue, (turn, number, stage, work, future, loop))
         self._wishes.put(None)
         return await future
 
@@ -118,31 +172,68 @@ class Device:
         """End the worker after what it computes now, and forget the rest."""
         self._closed = True
         self._wishes.put(None)
-        self._worker.join()
-        for _, _, _, future, _ in self._queue:
+        for thread in self._threads:
+            thread.join()
+        for *_, future, _ in self._queue:
             future.cancel()
         self._queue.clear()
 
     def _run(self) -> None:
         while True:
             self._wishes.get()
+            # Only now choose what is most urgent: it cannot be overtaken once it is launched.
+            self._room.acquire()
             if self._closed:
+                self._launched.put(None)
                 return
-            _, _, call, future, loop = heapq.heappop(self._queue)
-            if not future.cancelled():
-                self._compute(call, future, loop)
+            _, _, stage, call, future, loop = heapq.heappop(self._queue)
+            if future.cancelled() or not self._compute(stage, call, future, loop):
+                self._room.release()
             del call, future  # and with them what they hold, however long the next takes to come
 
-    def _compute(self, call: Callable[[], Any], future: asyncio.Future[Any], loop: _Loop) -> None:
+    def _compute(
+        self, stage: Stage, call: Callable[[], Later[Any]], future: asyncio.Future[Any], loop: _Loop
+    ) -> bool:
+        """Compute a piece of work; or launch it, and return True."""
         begun = time.perf_counter()
-        error: BaseException | None = None
-        result = None
         try:
             with torch.inference_mode():
-                result = call()
+                later = call()
+                if self._mark is not None:
+                    self._launched.put(_Launched(self._mark(), later, begun, future, loop))
+                    return True
+                result = later.finish()
         except BaseException as raised:  # the top of a thread: whoever waits must hear of it
-            error = raised
-        ran = Ran(result, begun, time.perf_counter())
+            self._tell(future, loop, Ran(None, begun, begun), self.explain(stage, raised))
+        else:
+            self._tell(future, loop, Ran(result, begun, time.perf_counter()), None)
+        return False
+
+    def _await_launched(self) -> None:
+        while (launched := self._launched.get()) is not None:
+            reached, later, begun, future, loop = launched
+            result, error = None, None
+            try:
+                try:
+                    reached()
+                finally:
+                    self._room.release()
+                # It could not begin before the one before it had ended.
+                begun, self._ended = max(begun, self._ended), time.perf_counter()
+                if not future.cancelled():
+                    result = later.finish()
+            except BaseException as raised:  # as in _compute
+                error = raised
+            self._tell(future, loop, Ran(result, begun, self._ended), error)
+            del launched, reached, later, result, future
+
+    def _tell(
+        self,
+        future: asyncio.Future[Any],
+        loop: _Loop,
+        ran: Ran[Any],
+        error: BaseException | None,
+    ) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(self._done, future, ran, error)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from duck import wire
-from duck.device import Device, Ran, Stage
+from duck.device import Device, Later, Ran, Stage, now
 from duck.model.cache import KVCache, PlainRows
 from duck.model.router import Routed
 from duck.placement import Plan, equal_slices
@@ -58,19 +58,19 @@ class EmulatedDevice(Device):
         self._times, self._scale = times, scale
         self._free_at = 0.0
 
-    async def run(self, stage: Stage, work: Callable[[], Result]) -> Ran[Result]:
+    async def run(self, stage: Stage, work: Callable[[], Later[Result]]) -> Ran[Result]:
         """Compute `work()` and wait until its time is over.
 
         What is told of when it ran is when it would have: from when it could start.
         """
         asked = time.perf_counter()
 
-        def paced() -> Ran[Result]:
+        def paced() -> Later[Ran[Result]]:
             start = max(asked, self._free_at)
-            result = work()
+            result = work().finish()
             end = self._free_at = max(start + self.seconds(stage), time.perf_counter())
             sleep_until(end)
-            return Ran(result, start, end)
+            return now(Ran(result, start, end))
 
         ran = await super().run(stage, paced)
         done = ran.result

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,17 +19,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import structlog
+import torch
 
 from duck import log, memory, placement, wire
 from duck.budget import Budget, plan_memory
 from duck.config import Ducks, Options, model_folder
-from duck.device import Device, limit_threads, switching_fast
+from duck.device import Device, Later, Stage, limit_threads, now, switching_fast
 from duck.errors import ConfigError
 from duck.flock import Flock
 from duck.kernels import library
 from duck.kernels.device import pick
 from duck.keys import ClusterKey
 from duck.local import LocalDucks, threads_each
+from duck.memory_trace import MemoryTrace
 from duck.meter import Meter, Totals, shares
 from duck.model.config import ModelConfig
 from duck.model.tokenizer import StopScanner, TextStream
@@ -45,10 +47,11 @@ from duck.session import Session
 from duck.slices import ModelSource, choose_resident, layer_stream, slice_of
 from duck.trace import OFF, Trace
 from duck.transports import shm
-from duck.transports.base import Transport
+from duck.transports.base import Pin, Transport
 from duck.transports.control import FlockTransport
 from duck.transports.loopback import LoopbackTransport
 from duck.transports.planes import host_plane
+from duck.walk import Walks
 
 if TYPE_CHECKING:
     from duck.transports.tls import Credentials
@@ -93,11 +96,12 @@ class Engine:
         transport: str,
         load: LoadReport,
         trace: Trace,
+        note: Callable[..., Awaitable[None]],
     ) -> None:
         self.prompts, self.config, self.tokenizer = prompts, prompts.config, prompts.tokenizer
         self.plan, self.transport, self.load = plan, transport, load
         self.trace = trace  # what is recorded; its `on` may be changed between two steps
-        self._model, self._pipeline = model, pipeline
+        self._model, self._pipeline, self._note = model, pipeline, note
 
     @classmethod
     @asynccontextmanager
@@ -113,7 +117,8 @@ class Engine:
 
         planned: called once, before anything large is loaded, with what memory is for.
         options: as on the command line: ducks, transport, placement, schedule, draft, early,
-        device, dtype, kv, indexer, max_len, answers, experts, key_file, trace.
+        device, dtype, kv, indexer, max_len, graphs, answers, experts, key_file, trace,
+        memory_trace.
 
         Raises:
             ConfigError, WeightsError: the folder or an option cannot be used.
@@ -153,6 +158,10 @@ class Engine:
                 stack.push(partial(_note_end, trace))
             device = Device(chosen.device, chosen.dtype)
             stack.callback(device.close)
+            walks, pin = _rows_on(device, chosen.graphs)
+            taken = MemoryTrace(chosen.memory_trace, cuda=device.name == "cuda")
+            stack.callback(taken.close)
+            taken.note("opened")
             kind = _transport_kind(chosen, ducks)
             in_process = kind == "loopback"
             plane = host_plane(kind, ducks.network)  # refuses before anything is loaded
@@ -179,6 +188,8 @@ class Engine:
                 needed += plan.ducks * memory.OVERHEAD_BYTES
             budget = _budget(config, device, chosen, needed)
             prompts.max_len = budget.holding.max_len
+            device.explain = partial(taken.explain, budget)
+            taken.note("planned", **budget.to_json())
             if planned:
                 planned(budget)
 
@@ -191,11 +202,15 @@ class Engine:
                     checkpoint, config, budget.holding, device=device.torch, progress=step
                 )
 
-            model = await _load(read)
+            try:
+                model = await _load(read)
+            except torch.OutOfMemoryError as error:
+                raise taken.explain(budget, "loading weights", error) from None
+            taken.note("weights", resident_bytes=model.tally.resident_bytes)
             transport: Transport
             if in_process:
                 source, kernel = ModelSource(folder), Kernel(threads_each(len(slices)))
-                transport = LoopbackTransport([Node(source, kernel) for _ in slices])
+                transport = LoopbackTransport([Node(source, kernel) for _ in slices], pin)
             else:
                 addresses, labels = ducks.addresses, ducks.labels
                 if local:
@@ -209,15 +224,18 @@ class Engine:
                     lambda duck, layer: layer_stream(checkpoint, slice_of(plan, duck), layer),
                     _credentials(key),
                     local.ended if local else lambda _duck: False,
+                    pin,
                 )
             flock = Flock(transport, plan, local.obituary if local else None)
             stack.push_async_callback(flock.close)
             # The worker may be adding answers up: it ends before their memory goes.
             stack.callback(device.close)
             await flock.start()
+            taken.note("ducks")
             pipeline = Pipeline(
                 model, device, flock,
                 schedule=chosen.schedule, draft=chosen.draft, early=chosen.early, trace=trace,
+                walks=walks,
             )  # fmt: skip
             trace.about(
                 model=folder.name, transport=kind, dtype=device.dtype_name,
@@ -225,7 +243,16 @@ class Engine:
                 expert_bytes=[slice_of(plan, duck).record_bytes for duck in range(plan.ducks)],
             )  # fmt: skip
             load = _report(checkpoint, model, budget, plan, transport.attached)
-            yield cls(prompts, model, pipeline, plan, kind, load, trace)
+
+            async def note_running(what: str, **facts: Any) -> None:
+                def ask() -> Later[None]:
+                    taken.note(what, segments=walks.segments, **facts)
+                    return now(None)
+
+                if taken.on:  # on the worker: a GPU is asked
+                    await device.run(Stage("note", 0), ask)
+
+            yield cls(prompts, model, pipeline, plan, kind, load, trace, note_running)
 
     def stats(self) -> dict[str, Any]:
         """What is going on now; cheap enough to ask for every second.
@@ -243,7 +270,7 @@ class Engine:
 
     def session(self) -> Session:
         """An empty conversation; pass it to `stream` again and again to keep its KV cache."""
-        return Session(self._model, 256, pairs=self._pipeline.drafts)
+        return Session(self._model, 0, pairs=self._pipeline.drafts)
 
     async def stream(
         self,
@@ -263,16 +290,21 @@ class Engine:
         session = session or self.session()
         limit = self.prompts.limit(len(ids), sampling.max_tokens)
         async with session.answering():
-            session.reserve(len(ids) + min(limit, 256))
+            await self._pipeline.reserve(session, len(ids) + min(limit, 256))
             rest = session.rewind_to(ids)
             run = _Run(self, self._pipeline, sampling, len(ids), len(rest))
+            facts = {"session": session.number, "kv_bytes": session.cache.nbytes}
+            await self._note("session", tokens=len(ids), **facts)
             await self._pipeline.prefill(session, rest)
+            await self._note("prompt", tokens=len(rest), **facts)
             decode = self._pipeline.decode(session, sampling, limit, run.meter)
             async with aclosing(decode):
                 async for settled in decode:
                     piece = run.settle(settled.token, settled.logprobs, last=run.count + 1 == limit)
                     yield piece
                     if piece.finish_reason:
+                        facts["kv_bytes"] = session.cache.nbytes
+                        await self._note("answer", tokens=run.count, **facts)
                         return
 
     async def generate(
@@ -302,7 +334,8 @@ class Engine:
         ids = self.prompts.encode(prompt, answer=False)
         if mtp and not self.config.mtp_layers:
             raise ConfigError("this model has no MTP layer to score")
-        session = Session(self._model, len(ids))
+        session = Session(self._model, 0)
+        await self._pipeline.reserve(session, len(ids))
         logits, guesses = await self._pipeline.score(session, ids, mtp=mtp)
         return (logits, guesses) if mtp else logits
 
@@ -396,6 +429,29 @@ def _note_end(trace: Trace, _kind: object, error: BaseException | None, _at: obj
     """Have a trace say what ended the run, if it was an error."""
     if isinstance(error, Exception):
         trace.about(ended=str(error) or type(error).__name__)
+
+
+def _rows_on(device: Device, graphs: str) -> tuple[Walks, Pin | None]:
+    """How rows walk on a device, and what memory of the host it reads by itself.
+
+    Raises:
+        ConfigError: graphs are asked for where there are no kernels that can be recorded.
+    """
+    if device.name != "cuda":
+        return Walks(slots=graphs == "on"), None
+    triton = pick(device.torch).name == "triton"
+    if graphs == "on" and not triton:
+        raise ConfigError(
+            "--graphs on: this GPU does not run the kernels that can be recorded, which needs "
+            "compute capability 8.9; leave it out"
+        )
+    if not triton:
+        return Walks(), None
+    from duck import cuda
+
+    slots = graphs != "off"
+    capture = cuda.Capturer() if slots else None
+    return Walks(slots=slots, capture=capture, watched=True), cuda.pinned
 
 
 def _budget(config: ModelConfig, device: Device, options: Options, ducks_bytes: int) -> Budget:

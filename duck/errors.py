@@ -2,6 +2,7 @@
 
 DuckError
 ├── ConfigError     bad flag, file or prompt: what was found, allowed, what to change      exit 2
+├── OutOfMemory     a GPU's memory ran out: for what, what is taken, what helps            exit 2
 ├── WeightsError    missing, misshaped or damaged tensor: names the tensor and its file    exit 2
 ├── WireError       bytes that break our framing, or a peer of another version             exit 3
 └── TransportError                                                                         exit 3
@@ -20,6 +21,10 @@ class DuckError(Exception):
 
 class ConfigError(DuckError, ValueError):
     """A flag, file or prompt that cannot be used."""
+
+
+class OutOfMemory(DuckError):
+    """A GPU had no room for what was planned, or what came beside it."""
 
 
 class WeightsError(DuckError):

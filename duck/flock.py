@@ -56,6 +56,14 @@ class FlockAsk:
             )
         return total
 
+    def pinned(self) -> np.ndarray | None:
+        """The partial sums (ducks, T, hidden), if they lie where a GPU reads them by itself.
+
+        Whoever adds them there calls `total` if the sum is not finite.
+        """
+        assert self._rows is not None
+        return self._rows.partials(self._ask.count) if self._rows.pinned else None
+
     async def sum(self) -> np.ndarray:
         """Wait, add and close."""
         try:

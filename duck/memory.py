@@ -51,6 +51,11 @@ def huge_bytes(root: Path = _ROOT) -> int | None:
     return _fields(root / "proc/self/smaps_rollup").get("AnonHugePages")
 
 
+def process_bytes(root: Path = _ROOT) -> int | None:
+    """Bytes of the machine's memory that this process takes; None where nobody says."""
+    return _fields(root / "proc/self/status").get("VmRSS")
+
+
 def readable(size: int) -> str:
     """Bytes for people: "21.8 GiB", "64.0 KiB"."""
     for unit, shift in (("GiB", 30), ("MiB", 20)):

@@ -16,25 +16,24 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import structlog
 import torch
 from torch import Tensor
 
-from duck.device import Ran, Stage
+from duck.device import Later, Ran, Stage, now
 from duck.draft import Bet, Outcome, Settled, settle
 from duck.errors import DuckError
 from duck.meter import Lately, Meter, Stages
-from duck.model.cache import KVCache
-from duck.model.router import Routed
 from duck.placement import Plan
 from duck.sampling import Sampling
 from duck.schedule import Chooser, Policy, Way, chunks
 from duck.session import Session
 from duck.steps import Steps
 from duck.trace import CANCELLED, FAILED, OFF, Trace
+from duck.walk import Layer, Sent, Walk, Walks, fetch
 
 # Rows of one prefill lane. Long enough that ducks read each expert once for many rows, short enough
 # that a row set of all ducks' answers stays small and a cancelled prompt ends soon.
@@ -50,7 +49,7 @@ _log = structlog.get_logger(__name__)
 class Device(Protocol):
     """Computes, one piece of work at a time."""
 
-    async def run(self, stage: Stage, work: Callable[[], Result]) -> Ran[Result]: ...
+    async def run(self, stage: Stage, work: Callable[[], Later[Result]]) -> Ran[Result]: ...
 
 
 class FlyingAsk(Protocol):
@@ -65,6 +64,7 @@ class FlyingAsk(Protocol):
     @property
     def done_at(self) -> float: ...
     async def arrived(self) -> None: ...
+    def pinned(self) -> np.ndarray | None: ...
     def total(self) -> np.ndarray: ...
     def close(self) -> None: ...
 
@@ -77,22 +77,6 @@ class Flock(Protocol):
     async def ask(
         self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
     ) -> FlyingAsk: ...
-
-
-class Layer(Protocol):
-    """A decoder layer; see `model.transformer.DecoderLayer`."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def is_moe(self) -> bool: ...
-    def attend(
-        self, x: Tensor, cache: KVCache, position: int, *, last: int | None = None
-    ) -> Tensor: ...
-    def dense(self, x: Tensor) -> Tensor: ...
-    def route(self, x: Tensor) -> Routed: ...
-    def shared(self, h: Tensor) -> Tensor: ...
-    def merge(self, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor: ...
 
 
 class Mtp(Protocol):
@@ -133,7 +117,8 @@ class Lane:
 
     Args:
         spans: the rows, of one session or several.
-        make: computes, on the device, the rows that enter the next layer, one tensor a span.
+        walks: where the device has each span's.
+        make: computes, on the device, the rows that enter the next layer.
         behind: the lane whose KV this one attends to; it may be anywhere ahead.
         number: 0, or 1 for guesses that trail.
     """
@@ -141,12 +126,14 @@ class Lane:
     def __init__(
         self,
         spans: Sequence[Span],
-        make: Callable[[], list[Tensor]],
+        walks: Sequence[Walk],
+        make: Callable[[], None],
         *,
         behind: Lane | None = None,
         number: int = 0,
     ) -> None:
-        self.spans, self.make, self.behind, self.number = spans, make, behind, number
+        self.spans, self.behind, self.number = spans, behind, number
+        self.walks, self.make = walks, make
         self.rows = sum(len(span.tokens) for span in spans)
         self.ids: dict[int, np.ndarray] = {}  # of each layer, for whoever is behind
         self.ask: FlyingAsk | None = None  # what `make` still needs
@@ -162,7 +149,7 @@ class Lane:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self.release()
+        self.retire()
 
     def release(self) -> None:
         """Give back the row set of the last layer's answers, once they are summed or unwanted."""
@@ -171,9 +158,14 @@ class Lane:
             self.ask = None
 
     def retire(self) -> None:
-        """Forget all but that its KV is written: others may be behind it for a while yet."""
+        """Forget all but whose rows it had, and that their KV is written.
+
+        Others may be behind it for a while yet.
+        """
         self.release()
-        self.make, self.ids, self.behind = list, {}, None
+        for walk in self.walks:
+            walk.close()
+        self.walks, self.make, self.behind = (), _nothing, None
 
     def wrote(self, layer: int) -> None:
         """The KV of this layer and all before it is in the cache."""
@@ -196,6 +188,7 @@ class Pipeline:
         device: computes it.
         flock: the routed experts.
         schedule, draft, early: as on the command line.
+        walks: how the device has rows.
         trace: where spans go.
         clock: of `device` and `flock`, in seconds.
     """
@@ -209,11 +202,13 @@ class Pipeline:
         schedule: str = "serial",
         draft: str = "auto",
         early: str = "auto",
+        walks: Walks | None = None,
         trace: Trace = OFF,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model, self._device, self._flock = model, device, flock
         self._mtp = model.mtp if draft != "off" else None
+        self._walks = walks or Walks()
         self._trace, self._clock = trace, clock
         self._wire_bits = flock.plan.shape.ask_dtype == "bfloat16"
         self._chunk = min(PREFILL_ROWS, flock.plan.shape.max_rows)
@@ -253,76 +248,97 @@ class Pipeline:
         """All layers and the last norm: (rows, hidden) of each span."""
         for layer in self._model.layers:
             await self.block(layer, lane, policy)
+        asked = lane.ask
+
+        def final() -> Later[list[Tensor]]:
+            lane.make()
+            finite = [walk.finite() for walk in lane.walks]
+            h = [self._model.final(walk.x) for walk in lane.walks]
+            return Later(lambda: _vouched(asked, finite, h))
+
         # Now, not with the head: while it waits for others a lane must hold no row set.
-        h = await self._run(
-            "final", lane, None, lambda: [self._model.final(x) for x in lane.make()]
-        )
+        h = await self._run("final", lane, None, final)
         lane.release()
         return h
 
-    async def block(
-        self, layer: Layer, lane: Lane, policy: Policy, *, last: int | None = None
-    ) -> None:
-        """One layer; with `last` only that many rows a span leave it, though all write their KV.
+    async def block(self, layer: Layer, lane: Lane, policy: Policy) -> None:
+        """One layer.
 
         The sum of the answers, the residual and the next layer's attention are one piece of work:
         one trip to the device between two asks.
         """
         if lane.behind is not None:
             await lane.behind.kv(layer.index)
-        make, spans = lane.make, lane.spans
-
-        def attend() -> list[Tensor]:
-            pairs = zip(make(), spans, strict=True)
-            return [layer.attend(x, s.session.cache, s.position, last=last) for x, s in pairs]
+        make, walks, asked = lane.make, lane.walks, lane.ask
 
         if not layer.is_moe:
-            outs = await self._run("dense", lane, layer, lambda: [layer.dense(x) for x in attend()])
+
+            def dense() -> Later[None]:
+                make()
+                finite = [walk.finite() for walk in walks] if asked is not None else []
+                for walk in walks:
+                    walk.attend(layer)
+                return Later(lambda: _vouched(asked, finite, None))
+
+            await self._run("dense", lane, layer, dense)
             lane.release()
             lane.wrote(layer.index)
-            lane.make = lambda: outs
+            lane.make = _nothing
             return
 
-        def route() -> tuple[list[Tensor], list[Tensor], np.ndarray, np.ndarray, np.ndarray]:
-            attended = attend()
-            routed = [layer.route(x) for x in attended]
-            ids = np.concatenate([r.ids.cpu().numpy() for r in routed])
-            weights = np.concatenate([r.weights.cpu().numpy() for r in routed])
-            rows = np.concatenate([self._to_wire(r.h) for r in routed])
-            return attended, [r.h for r in routed], rows, ids, weights
+        def attend() -> Later[_Message]:
+            make()
+            for walk in walks:
+                walk.attend(layer)
+            sent = [walk.sent() for walk in walks]
+            return Later(lambda: self._message(asked, [parts() for parts in sent]))
 
-        attended, hs, rows, ids, weights = await self._run("attend", lane, layer, route)
+        message = await self._run("attend", lane, layer, attend)
+        rows, ids, weights = message
         lane.release()
         lane.wrote(layer.index)
         lane.ids[layer.index] = ids
         ask = lane.ask = await self._flock.ask(layer.index, rows, ids, weights)
 
-        def share() -> list[Tensor]:
-            return [layer.shared(h) for h in hs]
+        def share() -> Later[None]:
+            for walk in walks:
+                walk.share(layer)
+            return now(None)
 
         try:
             if policy.overlap:
-                shared = await self._run("shared", lane, layer, share, rows=len(rows))
+                await self._run("shared", lane, layer, share, rows=len(rows))
                 await ask.arrived()
             else:
                 await ask.arrived()
-                shared = await self._run("shared", lane, layer, share, rows=len(rows))
+                await self._run("shared", lane, layer, share, rows=len(rows))
         except BaseException as error:
             self._broke_off(ask, layer, lane, len(rows), error)
             raise
         self._arrived(ask, layer, lane, ids)
 
-        def merge() -> list[Tensor]:
-            total = torch.from_numpy(ask.total()).to(attended[0].device)
-            parts = torch.split(total, [len(x) for x in attended])
-            trios = zip(attended, shared, parts, strict=True)
-            return [layer.merge(x, mine, routed) for x, mine, routed in trios]
+        def merge() -> None:
+            counts = [len(walk.x) for walk in walks]
+            for walk, part in zip(walks, _routed(ask, counts, walks[0].x.device), strict=True):
+                walk.merge(layer, part)
 
         lane.make = merge
 
+    def _message(self, asked: FlyingAsk | None, sent: Sequence[Sent]) -> _Message:
+        """What goes to the ducks, of all walks.
+
+        Raises:
+            WireError: their last answers were no numbers.
+        """
+        _vouched(asked, [lambda: all(parts.finite for parts in sent)], None)
+        return _Message(
+            np.concatenate([self._to_wire(parts.rows) for parts in sent]),
+            np.concatenate([parts.ids.numpy() for parts in sent]),
+            np.concatenate([parts.weights.numpy() for parts in sent]),
+        )
+
     def _to_wire(self, h: Tensor) -> np.ndarray:
         """Rows as they travel: float32, or bfloat16 as its bits."""
-        h = h.cpu()
         if self._wire_bits:
             return h.to(torch.bfloat16).view(torch.uint16).numpy()
         return h.to(torch.float32).numpy()
@@ -332,7 +348,7 @@ class Pipeline:
         name: str,
         lane: Lane,
         layer: Layer | None,
-        work: Callable[[], Result],
+        work: Callable[[], Later[Result]],
         *,
         rows: int | None = None,
     ) -> Result:
@@ -346,7 +362,17 @@ class Pipeline:
         )
         return await self._compute(stage, work)
 
-    async def _compute(self, stage: Stage, work: Callable[[], Result]) -> Result:
+    async def reserve(self, session: Session, capacity: int) -> None:
+        """Make room for so many positions, on the device's worker."""
+        if capacity > session.cache.capacity:
+
+            def grow() -> Later[None]:
+                session.reserve(capacity, self._walks.least)
+                return now(None)
+
+            await self._device.run(Stage("grow", 0, session=session.number), grow)
+
+    async def _compute(self, stage: Stage, work: Callable[[], Later[Result]]) -> Result:
         ran = await self._device.run(stage, work)
         self.stages.worked(stage.name, stage.rows, ran.ended - ran.begun, late=ran.late)
         if self._trace.on:
@@ -406,14 +432,37 @@ class Pipeline:
                     if len(flying) == policy.chunks_in_flight:
                         await land()
                     span = Span(session, chunk, position)
-                    lane = lanes.enter_context(Lane([span], self._embed([span]), behind=before))
+                    lane = lanes.enter_context(self._lane([span], behind=before))
                     flying.append((lane, group.create_task(self.forward(lane, policy))))
                     position, before = position + len(chunk), lane
                 while flying:
                     await land()
 
-    def _embed(self, spans: Sequence[Span]) -> Callable[[], list[Tensor]]:
-        return lambda: [self._model.embed(span.tokens) for span in spans]
+    def _lane(
+        self,
+        spans: Sequence[Span],
+        rows: Callable[[], Sequence[Tensor]] | None = None,
+        *,
+        last: int | None = None,
+        decode: bool = False,
+        behind: Lane | None = None,
+        number: int = 0,
+    ) -> Lane:
+        """A lane that begins with `rows()` of each span; None: with its embedded tokens.
+
+        last: so many rows a span leave a layer, though all write their KV. decode: of a step.
+        """
+        walks = [
+            self._walks.begin(span.session, len(span.tokens), span.position, last, decode=decode)
+            for span in spans
+        ]
+
+        def make() -> None:
+            first = [self._model.embed(s.tokens) for s in spans] if rows is None else rows()
+            for walk, x in zip(walks, first, strict=True):
+                walk.enter(x)
+
+        return Lane(spans, walks, make, behind=behind, number=number)
 
     async def prefill(self, session: Session, tokens: Sequence[int]) -> None:
         """Run `tokens` after what the session holds; leaves the last one's hidden row."""
@@ -447,9 +496,10 @@ class Pipeline:
             tokens = session.tokens[session.mtp_length + 1 :][:rows]
             hidden, position = session.hidden, session.mtp_length
 
-            def write() -> None:
+            def write() -> Later[None]:
                 x = mtp.combine(tokens, torch.cat(hidden)[:rows])
                 mtp.layer.attend(x, session.cache, position, last=0)
+                return now(None)
 
             await self._compute(Stage("feed", rows, mtp.layer.index, 0, session.number), write)
         session.mtp_length += rows
@@ -475,7 +525,7 @@ class Pipeline:
                 await self._feed(self._mtp, session)
             # A guess is worth its row only if the step could settle two more tokens.
             bet = Bet(session, sampling, meter, may_draft=limit - index > 1)
-            session.reserve(session.length + 1 + bet.may_draft)
+            await self.reserve(session, session.length + 1 + bet.may_draft)
             outcome = await self._steps.step(bet)
             self._apply(bet, outcome, index)
             for settled in outcome.settled:
@@ -487,8 +537,9 @@ class Pipeline:
         """The token after the prompt, from the hidden row that prefill left."""
         h, position = session.hidden[-1][-1:], len(session.tokens)
 
-        def head() -> Settled:
-            return settle(self._logits(h), sampling, position, None)[0]
+        def head() -> Later[Settled]:
+            logits = self._logits(h)
+            return Later(lambda: settle(logits(), sampling, position, None)[0])
 
         return await self._compute(Stage("head", 1, session=session.number), head)
 
@@ -518,7 +569,7 @@ class Pipeline:
                 flying: list[asyncio.Task[list[Tensor]]] = []
 
                 def start(spans: list[Span], behind: Lane | None = None) -> None:
-                    lane = Lane(spans, self._embed(spans), behind=behind, number=len(lanes))
+                    lane = self._lane(spans, decode=True, behind=behind, number=len(lanes))
                     lanes.append(open_lanes.enter_context(lane))
                     flying.append(step.create_task(self.forward(lane, way.policy)))
 
@@ -559,40 +610,52 @@ class Pipeline:
         sessions = [bet.session for bet in bets if bet.may_draft]
         spans = [Span(s, s.tokens[-s.unfed :], s.mtp_length) for s in sessions]
 
-        def combine() -> list[Tensor]:
+        def combine() -> Later[list[Tensor]]:
             pairs = zip(sessions, spans, strict=True)
-            return [mtp.combine(span.tokens, torch.cat(s.hidden)) for s, span in pairs]
+            return now([mtp.combine(span.tokens, torch.cat(s.hidden)) for s, span in pairs])
 
-        def guess() -> list[int]:
-            h = torch.cat([mtp.final(x) for x in lane.make()])
-            return [int(token) for token in torch.argmax(self._model.logits(h), dim=-1)]
+        def guess() -> Later[list[int]]:
+            lane.make()
+            finite = [walk.finite() for walk in lane.walks]
+            h = torch.cat([mtp.final(walk.x) for walk in lane.walks])
+            best = fetch(torch.argmax(self._model.logits(h), dim=-1))
+            return Later(lambda: _vouched(asked, finite, best()[0].tolist()))
 
-        with Lane(spans, lambda: combined) as lane:
+        with self._lane(spans, lambda: combined, last=1, decode=True) as lane:
             combined = await self._run("combine", lane, mtp.layer, combine)
-            await self.block(mtp.layer, lane, policy, last=1)
-            tokens = iter(await self._run("guess", lane, mtp.layer, guess, rows=len(spans)))
+            await self.block(mtp.layer, lane, policy)
+            asked = lane.ask
+            guessed = await self._run("guess", lane, mtp.layer, guess, rows=len(spans))
+        tokens = iter(guessed)
         return [next(tokens) if bet.may_draft else None for bet in bets]
 
     async def _settle(
-        self, bets: Sequence[Bet], guesses: Sequence[int | None], hidden: Sequence[Tensor]
+        self, bets: Sequence[Bet], guesses: Sequence[int | None], parts: Sequence[Sequence[Tensor]]
     ) -> list[Outcome]:
-        """The head, once for all rows, and every session's choice. hidden: of each session."""
+        """The head, once for all rows, and every session's choice. parts: rows of each session."""
 
-        def head() -> list[Outcome]:
-            ends = np.cumsum([len(h) for h in hidden])[:-1]
-            logits = np.split(self._logits(torch.cat(list(hidden))), ends)
-            outcomes = []
-            for bet, guess, h, mine in zip(bets, guesses, hidden, logits, strict=True):
-                settled = settle(mine, bet.sampling, len(bet.session.tokens), guess)
-                outcomes.append(Outcome(settled, h[: len(settled)], guess))
-            return outcomes
+        def head() -> Later[list[Outcome]]:
+            hidden = [torch.cat(list(mine)) for mine in parts]
+            logits = self._logits(torch.cat(hidden))
 
-        rows = sum(len(h) for h in hidden)
+            def choose() -> list[Outcome]:
+                ends = np.cumsum([len(h) for h in hidden])[:-1]
+                outcomes = []
+                of_each = np.split(logits(), ends)
+                for bet, guess, h, mine in zip(bets, guesses, hidden, of_each, strict=True):
+                    settled = settle(mine, bet.sampling, len(bet.session.tokens), guess)
+                    outcomes.append(Outcome(settled, h[: len(settled)], guess))
+                return outcomes
+
+            return Later(choose)
+
+        rows = sum(len(h) for mine in parts for h in mine)
         return await self._compute(Stage("head", rows, session=bets[0].session.number), head)
 
-    def _logits(self, h: Tensor) -> np.ndarray:
-        logits: np.ndarray = self._model.logits(h).cpu().numpy()
-        return logits
+    def _logits(self, h: Tensor) -> Callable[[], np.ndarray]:
+        """Launch the head; its logits, once the device has computed them."""
+        logits = fetch(self._model.logits(h))
+        return lambda: logits()[0].numpy()
 
     def _note(
         self, bets: Sequence[Bet], outcomes: Sequence[Outcome], way: Way, begun: float
@@ -640,7 +703,8 @@ class Pipeline:
         if module is None:
             raise DuckError("this model has no MTP layer to score")
         guesses = [np.zeros((0, logits[0].shape[1]), np.float32)]
-        pairs = torch.cat(hidden)[:-1]
+        together = Stage("combine", len(tokens), session=session.number)
+        pairs = await self._compute(together, lambda: now(torch.cat(hidden)[:-1]))
         for start in range(0, len(pairs), self._chunk):
             h = pairs[start : start + self._chunk]
             span = Span(session, tokens[start + 1 : start + 1 + len(h)], start)
@@ -649,25 +713,71 @@ class Pipeline:
 
     async def _score_pairs(self, mtp: Mtp, span: Span, h: Tensor) -> np.ndarray:
         """The MTP layer's logits of (hidden j, token j + 1)."""
-        with Lane([span], lambda: [mtp.combine(span.tokens, h)]) as lane:
+
+        def final() -> Later[Tensor]:
+            lane.make()
+            [walk] = lane.walks
+            finite, h = walk.finite(), mtp.final(walk.x)
+            return Later(lambda: _vouched(asked, [finite], h))
+
+        with self._lane([span], lambda: [mtp.combine(span.tokens, h)]) as lane:
             await self.block(mtp.layer, lane, self._prompts)
-            final = await self._run("final", lane, None, lambda: mtp.final(lane.make()[0]))
-            return await self._head(span.session, final)
+            asked = lane.ask
+            return await self._head(span.session, await self._run("final", lane, None, final))
 
     async def _head(self, session: Session, h: Tensor) -> np.ndarray:
         stage = Stage("head", len(h), session=session.number)
-        return await self._compute(stage, lambda: self._logits(h))
+        return await self._compute(stage, lambda: Later(self._logits(h)))
+
+
+class _Message(NamedTuple):
+    """What a layer sends its ducks: see `transports.base.Transport.ask`."""
+
+    rows: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+def _nothing() -> None:
+    pass
+
+
+def _vouched(
+    asked: FlyingAsk | None, finite: Sequence[Callable[[], bool]], result: Result
+) -> Result:
+    """The result, which may come of a sum that only the device has added up.
+
+    Raises:
+        WireError: the answers are no numbers; names the duck.
+    """
+    if asked is not None and not all(is_finite() for is_finite in finite):
+        asked.total()
+    return result
+
+
+def _routed(ask: FlyingAsk, counts: Sequence[int], device: torch.device) -> Sequence[Tensor]:
+    """The ducks' answers for walks of so many rows, as layer.merge takes them.
+
+    Their sum; or the partial sums themselves, where the device can read them and adds them up.
+    """
+    partials = ask.pinned()
+    if partials is None:
+        return torch.split(torch.from_numpy(ask.total()).to(device), list(counts))
+    tensor = torch.from_numpy(partials)
+    if tensor.dtype == torch.uint16:
+        tensor = tensor.view(torch.bfloat16)
+    return torch.split(tensor, list(counts), dim=1)
 
 
 def _rows_of(
     bets: Sequence[Bet], lanes: Sequence[Lane], hidden: Sequence[Sequence[Tensor]]
-) -> list[Tensor]:
+) -> list[list[Tensor]]:
     """Each session's hidden rows, the sure one first; hidden: of every lane and span."""
     parts: dict[Session, list[Tensor]] = {bet.session: [] for bet in bets}
     for lane, tensors in zip(lanes, hidden, strict=True):
         for span, h in zip(lane.spans, tensors, strict=True):
             parts[span.session].append(h)
-    return [torch.cat(parts[bet.session]) for bet in bets]
+    return [parts[bet.session] for bet in bets]
 
 
 def _experts_of(session: Session, lanes: Sequence[Lane]) -> tuple[np.ndarray, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duck.errors import ConfigError
 from duck.model.transformer import KVCache, Transformer
+from duck.walk import Slots
 
 _numbers = itertools.count(1)
 
@@ -39,6 +40,7 @@ class Session:
         self.hidden: list[Tensor] = []
         self.lent: asyncio.Future[None] | None = None  # done when a step that works on it has ended
         self._answering = False
+        self.slots: Slots | None = None  # where rows of decode steps lie on the device
 
     @asynccontextmanager
     async def answering(self) -> AsyncIterator[None]:
@@ -64,9 +66,9 @@ class Session:
         """How many hidden rows are kept."""
         return sum(len(rows) for rows in self.hidden)
 
-    def reserve(self, capacity: int) -> None:
-        """Make room for that many positions."""
-        self.cache.grow(capacity)
+    def reserve(self, capacity: int, least: int = 0) -> None:
+        """Make room for that many positions; see KVCache.grow."""
+        self.cache.grow(capacity, least)
 
     def rewind_to(self, prompt: Sequence[int]) -> Sequence[int]:
         """Keep what `prompt` shares with the tokens so far; returns the rest of it, never empty.

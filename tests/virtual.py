@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from duck import wire
-from duck.device import OVERTAKEN, Ran, Stage
+from duck.device import OVERTAKEN, Later, Ran, Stage
 from duck.meter import Meter
 from duck.model.cache import KVCache, PlainRows
 from duck.model.router import Routed
@@ -111,7 +111,7 @@ class VirtualDevice:
         self._number = itertools.count()
         self._busy = False
 
-    async def run(self, stage: Stage, work: Callable[[], Result]) -> Ran[Result]:
+    async def run(self, stage: Stage, work: Callable[[], Later[Result]]) -> Ran[Result]:
         future: asyncio.Future[Ran[Result]] = asyncio.get_running_loop().create_future()
         number = next(self._number)
         turn = number + OVERTAKEN.get(stage.name, 0)
@@ -140,7 +140,7 @@ class VirtualDevice:
         self._busy = False
         result, error = None, None
         try:
-            result = work()  # also for whoever was cancelled: it had begun
+            result = work().finish()  # also for whoever was cancelled: it had begun
         except Exception as raised:
             error = raised
         self.did.append(
@@ -175,6 +175,9 @@ class VirtualAsk:
 
     async def arrived(self) -> None:
         await self._future
+
+    def pinned(self) -> None:
+        return None
 
     def total(self) -> np.ndarray:
         assert self in self._flock.open, "summed after it was closed"
@@ -316,6 +319,7 @@ def stage_seconds(times: Times) -> Callable[[Stage], float]:
         "guess": lambda rows: times.head + times.host,
         "final": lambda rows: 0.0,
         "feed": lambda rows: times.attend_rows(rows),
+        "grow": lambda rows: 0.0,
     }
     return lambda stage: ms[stage.name](stage.rows) / 1e3
 
@@ -339,7 +343,7 @@ class Emulation:
         self.pipeline = Pipeline(self.model, self.device, self.flock, clock=loop.time, **options)
 
     def session(self) -> Session:
-        return Session(self.model, 16, pairs=self.pipeline.drafts)
+        return Session(self.model, 64, pairs=self.pipeline.drafts)
 
     async def answer(self, session: Session, first: int, prompt: int, tokens: int) -> Meter:
         """Run a prompt of so many tokens that follow `first`, and check the answer's."""

@@ -26,11 +26,13 @@ def _combine(
     shared,
     out,
     count,
+    stride,
     DUCKS: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (tiles of count). x, shared, out: (count,). partials: (DUCKS, count).
+    """Grid: (tiles of count). x, shared, out: (count,). partials: (DUCKS, count), rows
+    `stride` apart.
 
     The loop is unrolled, so that all its loads are under way at once.
     """
@@ -39,7 +41,7 @@ def _combine(
     place = partials + at
     total = tl.load(place, mask=inside).to(tl.float32)
     for _ in tl.static_range(1, DUCKS):
-        place += count
+        place += stride
         total += tl.load(place, mask=inside).to(tl.float32)
     if SHARED:
         total += tl.load(shared + at, mask=inside)
@@ -48,9 +50,13 @@ def _combine(
 
 
 def combine(x: Tensor, partials: Tensor, shared: Tensor | None = None) -> Tensor:
-    """As reference.device.combine. All are contiguous; partials have any number of ducks."""
+    """As reference.device.combine. Each duck's partial sums are contiguous, and so is the rest.
+
+    The partial sums may lie in the host's memory, if it is pinned: they are read once, through the
+    bus.
+    """
     assert x.is_contiguous()
-    assert partials.is_contiguous()
+    assert partials[0].is_contiguous()
     out = torch.empty_like(x)
     count = x.numel()
     if count:
@@ -60,6 +66,7 @@ def combine(x: Tensor, partials: Tensor, shared: Tensor | None = None) -> Tensor
             x if shared is None else shared.contiguous(),
             out,
             count,
+            partials.stride(0),
             DUCKS=partials.shape[0],
             SHARED=shared is not None,
             BLOCK=_BLOCK,

@@ -62,15 +62,30 @@ class Attention:
         self._spread = self._heads * (dn + config.qk_rope_head_dim + dv)
         self._indexer: Indexer | None = None
         if holding.indexer is not None:
-            self._indexer = Indexer(loader, config, holding, layer, rope)
+            self._indexer = Indexer(loader, config, holding, layer)
 
-    def __call__(self, x: Tensor, cache: KVCache, position: int, last: int) -> Tensor:
+    def steadiness(self, position: int, rows: int, last: int) -> str | None:
+        """Under which name the launches of a call are the same at every position.
+
+        "dense" or "sparse"; None if they depend on where its rows are.
+        """
+        if self._few_rows is not None and last > self._few_rows:
+            return None
+        if self._indexer is None or position + rows <= self._indexer.topk:
+            return "dense"
+        return "sparse" if position + rows - last >= self._indexer.topk else None
+
+    def __call__(
+        self, x: Tensor, cache: KVCache, position: int, last: int, at: Tensor | None = None
+    ) -> Tensor:
         """Write latents and index keys of all rows, attend with the last `last` of them.
 
-        x: (T, hidden), normed, at position .. position + T - 1. Returns (last, heads * v_head_dim),
-        the input of o_proj.
+        x: (T, hidden), normed, at position .. position + T - 1. at: `position` as kernels take it;
+        with it, what is launched holds for other positions of the same `steadiness`, too. Returns
+        (last, heads * v_head_dim), the input of o_proj.
         """
         rows = x.shape[0]
+        at = position_on(x, position) if at is None else at
         turns = self._rope.upto(position + rows)
         held = cache.latents.held(self._layer, position, rows)
         self._kernels.append_latents(
@@ -79,31 +94,32 @@ class Attention:
             self._kv_norm.eps,
             *turns,
             held,
-            position_on(x, position),
+            at,
         )
         if self._indexer is not None:
             held_keys = cache.keys.held(self._layer, position, rows)
-            self._indexer.append(x, held_keys, position)
+            self._indexer.append(x, held_keys, turns, at)
 
         if last == 0:
             return x.new_empty(0, self.o_proj.shape[1])
-        first = position + rows - last
+        first, at = position + rows - last, _after(at, rows - last)
         x = x[rows - last :]
         linear = self._kernels.linear
         q_latent = x if self._q_norm is None else self._q_norm(linear(x, self._q_a))
         q = linear(q_latent, self._q_proj).view(last, self._heads, -1)
-        q_pe = self._kernels.rotate_at(q[..., self._nope :], *turns, position_on(x, first))
+        q_pe = self._kernels.rotate_at(q[..., self._nope :], *turns, at)
         q_nope = q[..., : self._nope]
         if self._indexer is None:
-            return self._dense(q_nope, q_pe, cache, first).flatten(1)
+            return self._dense(q_nope, q_pe, cache, first, at).flatten(1)
         # The rows that see index_topk tokens at most see them all.
         dense = min(last, max(0, self._indexer.topk - first))
         parts = []
         if dense:
-            parts.append(self._dense(q_nope[:dense], q_pe[:dense], cache, first))
+            parts.append(self._dense(q_nope[:dense], q_pe[:dense], cache, first, at))
         if dense < last:
             held_keys = cache.keys.held(self._layer, position, rows)
-            selected = self._indexer.select(x[dense:], q_latent[dense:], held_keys, first + dense)
+            at = _after(at, dense)
+            selected = self._indexer.select(x[dense:], q_latent[dense:], held_keys, turns, at)
             weights = (self._wk, self._wv, self._scale)
             parts.append(
                 self._kernels.attend(
@@ -111,19 +127,26 @@ class Attention:
                     q_pe[dense:],
                     held,
                     *weights,
-                    position_on(x, first + dense),
+                    at,
                     selected,
                 )
             )
         return torch.cat(parts).flatten(1)
 
-    def _dense(self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, first: int) -> Tensor:
+    def _dense(
+        self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, first: int, at: Tensor
+    ) -> Tensor:
         """Attention of rows at `first` and after to every token up to their own."""
         rows = q_nope.shape[0]
         weights = (self._wk, self._wv, self._scale)
         few = self._few_rows is None or rows <= self._few_rows
         if few or (first + rows) * self._spread > WRITTEN_OUT:
             held = cache.latents.held(self._layer, first, rows)
-            return self._kernels.attend(q_nope, q_pe, held, *weights, position_on(q_pe, first))
+            return self._kernels.attend(q_nope, q_pe, held, *weights, at)
         seen = cache.latents.read(self._layer, first + rows)
         return attend_naive(q_nope, q_pe, seen, *weights, first)
+
+
+def _after(at: Tensor, rows: int) -> Tensor:
+    """The position so many rows after `at`."""
+    return at + rows if rows else at

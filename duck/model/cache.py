@@ -175,15 +175,15 @@ class KVCache:
         """Bytes held on the device."""
         return self.latents.nbytes + (self._keys.nbytes if self._keys else 0)
 
-    def grow(self, capacity: int) -> None:
+    def grow(self, capacity: int, least: int = 0) -> None:
         """Make room for at least `capacity` positions and keep what is there.
 
-        Grows by half as much again, so that a long answer is not copied at every token, but not
-        beyond what a session may hold unless asked to.
+        Grows by half as much again, so that a long answer is not copied at every token, and to
+        `least`, but not beyond what a session may hold unless asked to.
         """
         if capacity <= self.capacity:
             return
-        more = self.capacity * 3 // 2
+        more = max(least, self.capacity * 3 // 2)
         capacity = max(capacity, more if self._limit is None else min(more, self._limit))
         self.latents.grow(capacity)
         if self._keys is not None:

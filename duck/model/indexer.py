@@ -14,14 +14,18 @@ the pairs of the main attention here (interleaved) instead of halves; GLM's inde
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from torch import Tensor
 
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
 from duck.model.layers import Loader
-from duck.model.rope import RopeTable, position_on
 
 _NORM_EPS = 1e-6
+
+Turns: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines of all positions from 0 on, as RopeTable.upto gives them."""
 
 
 class Indexer:
@@ -33,12 +37,11 @@ class Indexer:
         config: ModelConfig,
         holding: Holding,
         layer: int,
-        rope: RopeTable,
     ) -> None:
         assert config.index_topk is not None
         name = f"model.layers.{layer}.self_attn.indexer"
         self.topk = config.index_topk
-        self._rope, self._interleaved = rope, config.indexer_rope_interleave
+        self._interleaved = config.indexer_rope_interleave
         self._heads = config.index_n_heads
         self._scale = (config.index_n_heads * config.index_head_dim) ** -0.5
         self._kernels = loader.kernels
@@ -50,32 +53,34 @@ class Indexer:
         # alone: it changes no product.
         self._fp8 = holding.indexer == "fp8"
 
-    def append(self, x: Tensor, held: Tensor, position: int) -> None:
-        """Write the keys of rows x (T, hidden), normed, into their cache of this layer."""
+    def append(self, x: Tensor, held: Tensor, turns: Turns, at: Tensor) -> None:
+        """Write the keys of rows x (T, hidden), normed, into their cache of this layer.
+
+        turns: cosines and sines of all positions. at: where the first row is, (1,) int32.
+        """
         self._kernels.append_keys(
             self._kernels.linear(x, self._key),
             self._norm,
             _NORM_EPS,
-            *self._rope.upto(position + len(x)),
-            position_on(x, position),
+            *turns,
+            at,
             held,
             interleaved=self._interleaved,
         )
 
-    def select(self, x: Tensor, q_latent: Tensor, held: Tensor, position: int) -> Tensor:
+    def select(self, x: Tensor, q_latent: Tensor, held: Tensor, turns: Turns, at: Tensor) -> Tensor:
         """Positions of the tokens that each row attends to, ascending: (T, topk) int32.
 
-        x: (T, hidden), normed, at `position` and after; q_latent: (T, q_lora_rank), normed: the
+        x: (T, hidden), normed, at `at` and after; q_latent: (T, q_lora_rank), normed: the
         main attention's. held: this layer's keys. -1 stands after the last of a row that sees fewer
         than topk tokens.
         """
-        rows, at = len(x), position_on(x, position)
         query, weights = self._kernels.index_queries(
-            self._kernels.linear(q_latent, self._query).view(rows, self._heads, -1),
+            self._kernels.linear(q_latent, self._query).view(len(x), self._heads, -1),
             x,
             self._weights,
             self._scale,
-            *self._rope.upto(position + rows),
+            *turns,
             at,
             fp8=self._fp8,
             interleaved=self._interleaved,

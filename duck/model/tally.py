@@ -31,6 +31,10 @@ class Tally:
     def __init__(self) -> None:
         self.categories: dict[str, Category] = {}
 
+    @property
+    def resident_bytes(self) -> int:
+        return sum(category.resident_bytes for category in self.categories.values())
+
     def add(self, kind: Kind, stored: str, held: str, source_bytes: int, resident: int) -> None:
         """One tensor. stored: its dtype as safetensors or torch spells it; held: as torch does."""
         stored = _DTYPES.get(stored, stored.lower())

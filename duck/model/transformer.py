@@ -52,16 +52,27 @@ class DecoderLayer:
         else:
             self._mlp = Mlp(loader, f"{name}.mlp")
 
+    def steadiness(self, position: int, rows: int, last: int) -> str | None:
+        """As Attention.steadiness, of `attend`."""
+        return self._attention.steadiness(position, rows, last)
+
     def attend(
-        self, x: Tensor, cache: KVCache, position: int, *, last: int | None = None
+        self,
+        x: Tensor,
+        cache: KVCache,
+        position: int,
+        *,
+        last: int | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Add attention to the last `last` rows (None: all); the KV of every row is written.
 
         Row t is at position + t and attends to 0 .. position + t, which must have been written.
-        With last=0 the result has no rows: the layer's KV is all that was wanted.
+        With last=0 the result has no rows: the layer's KV is all that was wanted. at: as
+        Attention has it.
         """
         count = x.shape[0] if last is None else last
-        out = self._attention(self._input_norm(x), cache, position, count)
+        out = self._attention(self._input_norm(x), cache, position, count, at)
         change = self._kernels.linear_f32(out, self._attention.o_proj)
         return self._add(x[x.shape[0] - count :], change)
 
@@ -82,8 +93,11 @@ class DecoderLayer:
         return self._mlp(h)
 
     def merge(self, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
-        """Return x + (routed + shared), summed in float32 and rounded once."""
-        return self._kernels.combine(x, routed[None], shared)
+        """Return x + (routed + shared), summed in float32 and rounded once.
+
+        routed: (T, hidden), the sum of the ducks' answers, or (ducks, T, hidden), to be summed.
+        """
+        return self._kernels.combine(x, routed if routed.dim() == 3 else routed[None], shared)
 
     def _add(self, x: Tensor, change: Tensor) -> Tensor:
         """The residual sum: float32, rounded once to x's dtype."""
@@ -97,7 +111,9 @@ class Transformer:
         self.config, self.holding = config, holding
         self.device, self.dtype, self.kernels = loader.device, loader.dtype, loader.kernels
         self.tally = loader.tally  # what was loaded
-        rope = RopeTable(config.rope, config.qk_rope_head_dim, loader.device)
+        self.rope = rope = RopeTable(config.rope, config.qk_rope_head_dim, loader.device)
+        if loader.device.type == "cuda":
+            rope.upto(holding.max_len)  # now: captured graphs rely on it to stay where it is
         self._embedding = loader.embedding()
         self.layers: Sequence[DecoderLayer] = [
             DecoderLayer(loader, config, holding, index, rope)

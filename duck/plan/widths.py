@@ -32,7 +32,7 @@ from duck.model.router import Routed
 from duck.model.tally import Tally
 from duck.model.tensors import Kind, wanted
 from duck.model.transformer import DecoderLayer, Transformer
-from duck.pipeline import Layer, Pipeline
+from duck.pipeline import Pipeline
 from duck.placement import Plan
 from duck.plan.closed import ORIGINAL, Times
 from duck.plan.simulate import simulate
@@ -42,6 +42,7 @@ from duck.session import Session
 from duck.summary import Summary, measured_times, summarize
 from duck.synthetic import random_duck, transport_to
 from duck.trace import Trace
+from duck.walk import Layer
 
 SCHEDULES = ("serial", "batch", "wave")
 VOCABULARY = 4096  # of 129280: the head is not what is measured here

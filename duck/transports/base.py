@@ -48,6 +48,10 @@ ASK_ROW_S = 0.5
 TICK_S = 0.25
 
 
+# Makes memory of so many bytes, (bytes,) uint8; see `Rows`.
+Pin = Callable[[int], np.ndarray]
+
+
 class Rows:
     """One landing place per duck, preallocated: stamps, then that duck's partial sums.
 
@@ -56,13 +60,23 @@ class Rows:
 
     Args:
         number: which row set of its flock this is; see `set_capacities`.
+        pin: gives memory that a GPU reads by itself, zeroed, of so many bytes.
     """
 
-    def __init__(self, ducks: int, shape: wire.Shape, capacity: int, number: int = 0) -> None:
+    def __init__(
+        self,
+        ducks: int,
+        shape: wire.Shape,
+        capacity: int,
+        number: int = 0,
+        pin: Pin | None = None,
+    ) -> None:
         self._shape = shape
         self.capacity, self.number = capacity, number
+        self.pinned = pin is not None
         size = -(-shape.answer_bytes(capacity) // _ALIGN) * _ALIGN
-        raw = np.zeros(ducks * (size + _ALIGN) + _ALIGN, np.uint8)
+        nbytes = ducks * (size + _ALIGN) + _ALIGN
+        raw = np.zeros(nbytes, np.uint8) if pin is None else pin(nbytes)
         start = -raw.ctypes.data % _ALIGN
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
         first = _ALIGN - wire.STAMP_BYTES
@@ -93,10 +107,14 @@ def set_capacities(shape: wire.Shape) -> tuple[int, ...]:
 
 
 class RowRing:
-    """The free row sets of one flock; `acquire` waits for one."""
+    """The free row sets of one flock; `acquire` waits for one.
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    pin: see `Rows`; for the small sets, which every step uses. Large ones are made late, in the
+    event loop, where pinning so much would take too long.
+    """
+
+    def __init__(self, plan: Plan, pin: Pin | None = None) -> None:
+        self._plan, self._pin = plan, pin
         capacities = set_capacities(plan.shape)
         self._small_rows = capacities[0]
         self._free_small = [self._make(number) for number in range(SMALL_SETS)]
@@ -141,7 +159,8 @@ class RowRing:
 
     def _make(self, number: int) -> Rows:
         capacity = set_capacities(self._plan.shape)[number]
-        return Rows(self._plan.ducks, self._plan.shape, capacity, number)
+        pin = self._pin if capacity == self._small_rows else None
+        return Rows(self._plan.ducks, self._plan.shape, capacity, number, pin)
 
     def release(self, rows: Rows) -> None:
         """Give a set back; the first matching waiter gets it."""
@@ -232,9 +251,9 @@ class Ask:
 class AskTable:
     """The asks in flight of one transport: who waits for what, and how each wait ends."""
 
-    def __init__(self, plan: Plan, labels: tuple[str, ...]) -> None:
+    def __init__(self, plan: Plan, labels: tuple[str, ...], pin: Pin | None = None) -> None:
         self.plan = plan
-        self.ring = RowRing(plan)
+        self.ring = RowRing(plan, pin)
         self.labels = labels
         self.open_asks: dict[int, Ask] = {}
         self.lost: dict[int, str] = {}  # duck -> why
@@ -370,7 +389,10 @@ class AskTable:
 
 
 class Transport(Protocol):
-    """The host's end, one object for a whole flock."""
+    """The host's end, one object for a whole flock.
+
+    Its constructor takes `pin`, as `Rows` has it.
+    """
 
     @property
     def attached(self) -> Sequence[Mapping[str, Any]]:

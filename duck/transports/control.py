@@ -31,7 +31,7 @@ from duck.config import split_address
 from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
 from duck.placement import Plan
 from duck.seal import ASK_SECRET_BYTES, NONCE_BYTES, SessionKeys
-from duck.transports.base import ASK_ROW_S, ASK_S, TICK_S, Ask, AskTable, Rows
+from duck.transports.base import ASK_ROW_S, ASK_S, TICK_S, Ask, AskTable, Pin, Rows
 from duck.transports.link import Link
 from duck.transports.supply import Sender
 
@@ -145,6 +145,7 @@ class FlockTransport:
         supply: Callable[[int, int], Iterator[memoryview]] | None = None,
         credentials: Credentials | None = None,
         ended: Callable[[int], bool] = lambda _duck: False,
+        pin: Pin | None = None,
     ) -> None:
         self.addresses = tuple(addresses)
         self.labels = tuple(labels or (f"duck {d} ({a})" for d, a in enumerate(addresses)))
@@ -155,7 +156,7 @@ class FlockTransport:
         self.keys: SessionKeys | None = None  # with credentials: what planes seal their frames by
         self.attached: list[Mapping[str, Any]] = []  # what each duck said in WELCOME
         self._progress, self._supply = progress, supply
-        self._credentials, self._ended = credentials, ended
+        self._credentials, self._ended, self._pin = credentials, ended, pin
         self._links: list[Link] = []  # every connection made for this session
         self._watched: list[tuple[int, Link]] = []  # those whose end is their duck's loss
         self._control: list[Link] = []
@@ -168,7 +169,7 @@ class FlockTransport:
         """Shake hands with every duck at once; all of them hold their slices when this returns."""
         assert plan.ducks == len(self.addresses)
         self.plan = plan
-        self._table = AskTable(plan, self.labels)
+        self._table = AskTable(plan, self.labels, self._pin)
         self._table.on_cancel = self.plane.cancel
         try:
             await self._gather()

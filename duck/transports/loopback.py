@@ -16,15 +16,15 @@ import numpy as np
 from duck import wire
 from duck.errors import DuckError, TransportClosed, TransportError
 from duck.placement import Plan
-from duck.transports.base import Ask, AskTable, Handler, Rows
+from duck.transports.base import Ask, AskTable, Handler, Pin, Rows
 from duck.transports.worker import Waiting, Worker
 
 
 class LoopbackTransport:
     """N ducks as worker threads; `handlers[duck]` is what a node process would run."""
 
-    def __init__(self, handlers: Sequence[Handler]) -> None:
-        self._handlers = tuple(handlers)
+    def __init__(self, handlers: Sequence[Handler], pin: Pin | None = None) -> None:
+        self._handlers, self._pin = tuple(handlers), pin
         self._workers: list[Worker] = []
         self._table: AskTable | None = None
         self.attached: list[Mapping[str, Any]] = []
@@ -35,7 +35,7 @@ class LoopbackTransport:
         self._loop = asyncio.get_running_loop()
         self._plan = plan
         labels = tuple(f"duck {number} (in process)" for number in range(plan.ducks))
-        self._table = AskTable(plan, labels)
+        self._table = AskTable(plan, labels, self._pin)
         for duck, handler in enumerate(self._handlers):
             self.attached.append(await handler.attach(plan, duck, _Quiet()))
         if self.asks.closed:

@@ -13,7 +13,7 @@ from torch import Tensor
 from duck.kernels.device import Kernels, pick
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
-from duck.model.indexer import Indexer
+from duck.model.indexer import Indexer, Turns
 from duck.model.transformer import DecoderLayer, KVCache, Transformer
 from duck.model.weights import Checkpoint
 
@@ -97,9 +97,9 @@ class WatchedModel(LocalModel):
         plain = Indexer.select
 
         def select(
-            indexer: Indexer, x: Tensor, q_latent: Tensor, held: Tensor, position: int
+            indexer: Indexer, x: Tensor, q_latent: Tensor, held: Tensor, turns: Turns, at: Tensor
         ) -> Tensor:
-            selected = plain(indexer, x, q_latent, held, position)
+            selected, position = plain(indexer, x, q_latent, held, turns, at), int(at)
             for row, chosen in enumerate(selected.tolist()):
                 self.selected[self._layer, position + row] = frozenset(chosen)
             return selected

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 import torch
 
-from duck.device import OVERTAKEN, SWITCH_S, Device, Stage, switching_fast
+from duck.device import OVERTAKEN, SWITCH_S, Device, Later, Stage, now, switching_fast
 from duck.errors import ConfigError, DuckError
 
 
@@ -28,9 +28,9 @@ class Held:
         self._go = threading.Event()
         begun = threading.Event()
 
-        def wait() -> None:
+        def wait() -> Later[None]:
             begun.set()
-            self._go.wait(20)
+            return now(self._go.wait(20))
 
         self.task = asyncio.create_task(device.run(Stage("attend", 1), wait))
         self._begun = begun
@@ -50,7 +50,9 @@ async def order(device: Device, names: list[str]) -> list[str]:
     for number, name in enumerate(names):
         note = f"{name} {number}"
         tasks.append(
-            asyncio.create_task(device.run(Stage(name, 1), lambda note=note: done.append(note)))
+            asyncio.create_task(
+                device.run(Stage(name, 1), lambda note=note: now(done.append(note)))
+            )
         )
     await asyncio.sleep(0)  # now all are in the queue
     held.let_go()
@@ -77,7 +79,7 @@ async def test_nothing_waits_for_ever(device: Device) -> None:
 
 
 async def test_results_and_times(device: Device) -> None:
-    ran = await device.run(Stage("attend", 1), lambda: torch.ones(2).sum())
+    ran = await device.run(Stage("attend", 1), lambda: now(torch.ones(2).sum()))
     assert ran.result == 2
     assert ran.result.is_inference()
     assert ran.begun <= ran.ended
@@ -90,20 +92,20 @@ async def test_errors_reach_who_waits(device: Device) -> None:
 
     with pytest.raises(ConfigError, match="no"):
         await device.run(Stage("attend", 1), fail)
-    assert (await device.run(Stage("attend", 1), lambda: 5)).result == 5
+    assert (await device.run(Stage("attend", 1), lambda: now(5))).result == 5
 
 
 async def test_cancelled_before_it_began_it_never_does(device: Device) -> None:
     held, done = Held(device), []
     await held.begun()
-    task = asyncio.create_task(device.run(Stage("attend", 1), lambda: done.append(1)))
+    task = asyncio.create_task(device.run(Stage("attend", 1), lambda: now(done.append(1))))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     held.let_go()
     await held.task
-    await device.run(Stage("head", 1), lambda: None)
+    await device.run(Stage("head", 1), lambda: now(None))
     assert done == []
 
 
@@ -114,7 +116,7 @@ async def test_cancelled_while_it_runs_its_result_is_dropped(device: Device) -> 
     with pytest.raises(asyncio.CancelledError):
         await held.task
     held.let_go()
-    assert (await device.run(Stage("attend", 1), lambda: 7)).result == 7
+    assert (await device.run(Stage("attend", 1), lambda: now(7))).result == 7
 
 
 async def test_closed() -> None:
@@ -122,14 +124,14 @@ async def test_closed() -> None:
     assert (device.dtype, device.name) == (torch.bfloat16, "cpu")
     held = Held(device)
     await held.begun()
-    waiting = asyncio.create_task(device.run(Stage("attend", 1), lambda: 1))
+    waiting = asyncio.create_task(device.run(Stage("attend", 1), lambda: now(1)))
     await asyncio.sleep(0)
     held.let_go()
     device.close()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     with pytest.raises(DuckError, match="the engine is closed"):
-        await device.run(Stage("attend", 1), lambda: 1)
+        await device.run(Stage("attend", 1), lambda: now(1))
 
 
 def test_threads_take_turns_quickly_only_while_an_engine_is_open() -> None:

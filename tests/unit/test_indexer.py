@@ -27,7 +27,7 @@ from duck.kernels.reference.device import (
     rotate_halves,
     select_keys,
 )
-from duck.model.indexer import Indexer
+from duck.model.indexer import Indexer, Turns
 from tests.checkpoints import make_checkpoint
 from tests.unit.local_model import LocalModel, WatchedModel
 
@@ -297,17 +297,19 @@ def test_fp8_selects_nearly_what_exact_does(
     plain, plain_append = Indexer.select, Indexer.append
     inputs: list[Tensor] = []
 
-    def append(self: Indexer, x: Tensor, held: Tensor, position: int) -> None:
+    def append(self: Indexer, x: Tensor, held: Tensor, turns: Turns, at: Tensor) -> None:
         inputs.append(x)
-        plain_append(self, x, held, position)
+        plain_append(self, x, held, turns, at)
 
-    def select(self: Indexer, x: Tensor, q_latent: Tensor, held: Tensor, position: int) -> Tensor:
-        selected = plain(self, x, q_latent, held, position)
+    def select(
+        self: Indexer, x: Tensor, q_latent: Tensor, held: Tensor, turns: Turns, at: Tensor
+    ) -> Tensor:
+        selected = plain(self, x, q_latent, held, turns, at)
         twin = next(twins)
         assert twin is not None
         theirs = rounded.model.new_cache(48).keys.held(0, 0, 48)
-        plain_append(twin, inputs[-1], theirs, 0)
-        other = plain(twin, x, q_latent, theirs, position)
+        plain_append(twin, inputs[-1], theirs, turns, torch.zeros(1, dtype=torch.int32))
+        other = plain(twin, x, q_latent, theirs, turns, at)
         shares.extend(
             len(set(a) & set(b)) / TOPK
             for a, b in zip(selected.tolist(), other.tolist(), strict=True)
