@@ -173,7 +173,7 @@ def test_any_bytes_as_control(data: bytes, sizes: list[int]) -> None:
         (answer,) = wire.ControlDecoder().feed(transport.written)
         assert answer["t"] == "ERR"
         link.connection_lost(None)
-        with pytest.raises(WireError, match="control message|another protocol"):
+        with pytest.raises(WireError, match=r"control message|another protocol"):
             await _receive_all(link)
 
     run(scenario)
