@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 IDS = torch.randint(288, (24,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPES: dict[str, dict[str, Any]] = {
     "ragged blocks": {},
-    "stacked": {"intermediate_size": 256, "moe_intermediate_size": 128},
+    "stacked": {"intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128},
     "small blocks": {"block": (48, 32)},
     "powers of two": {"scale_dtype": "F8_E8M0"},
 }
