@@ -139,6 +139,12 @@ def _transport_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
         help="drop this share of multicast's datagrams as well",
     )  # fmt: skip
     transport.add_argument(
+        "--faults", metavar="reorder=20%,seed=7", default="",
+        help="a bad network as well: shares for drop, duplicate, reorder and corrupt, delay in "
+        "milliseconds (up to), seed; drop and corrupt are for multicast, since the others would "
+        "lose a duck",
+    )  # fmt: skip
+    transport.add_argument(
         "--seconds", type=float, default=3.0, metavar="S",
         help="for each figure (default: %(default)g)",
     )  # fmt: skip
@@ -149,7 +155,7 @@ def _transport_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
 def _transport(arguments: argparse.Namespace) -> int:
     from duck.bars import working
     from duck.cli import write_json
-    from duck.transports.bench import bench_transport, tables
+    from duck.transports.bench import HARMFUL, LOSSY, bench_transport, tables
 
     chosen = arguments.transport.split(",")
     allowed = [name for name in CHOICES["transport"][0] if name not in ("auto", "loopback")]
@@ -164,6 +170,13 @@ def _transport(arguments: argparse.Namespace) -> int:
     counts = numbers("--ducks", arguments.ducks, MAX_LOCAL_DUCKS)
     rows = numbers("--rows", arguments.rows, 1024)
     losses = _shares("--loss", arguments.loss)
+    faults = _faults(arguments.faults)
+    harmful = ", ".join(name for name in HARMFUL if name in faults)
+    if harmful and set(chosen) - set(LOSSY):
+        raise ConfigError(
+            f"--faults {harmful}: only multicast stands it: use --transport multicast or leave it "
+            "out"
+        )
     picture = None if arguments.plot is None else Path(arguments.plot)
     if picture and not (losses and "multicast" in chosen):
         raise ConfigError("--plot draws latency over loss: give --loss and --transport multicast")
@@ -171,7 +184,7 @@ def _transport(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--plot {picture}: no such folder: {picture.parent}")
     with working() as note:
         report = bench_transport(
-            transports=chosen, ducks=counts, rows=rows, losses=losses,
+            transports=chosen, ducks=counts, rows=rows, losses=losses, faults=faults,
             seconds=arguments.seconds, note=note,
         )  # fmt: skip
     if picture:
@@ -213,6 +226,29 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, format="png", dpi=120)
+
+
+def _faults(text: str) -> dict[str, float]:
+    """Arguments of `faulty.Faults` out of drop=1%,delay=0.5,seed=7."""
+    found: dict[str, float] = {}
+    for part in text.split(",") if text else ():
+        name, _, value = part.partition("=")
+        try:
+            number = float(value.removesuffix("%"))
+        except ValueError:
+            number = -1.0
+        if name == "seed" and 0 <= number < 2**32:
+            found["seed"] = number
+        elif name == "delay" and 0 < number <= 1000:
+            found["delay_s"] = number / 1e3
+        elif name in ("drop", "duplicate", "reorder", "corrupt") and 0 < number <= 50:
+            found[name] = number / 100
+        else:
+            raise ConfigError(
+                f"--faults {part[:60]!r}: want drop, duplicate, reorder or corrupt up to 50%, "
+                "delay up to 1000 (ms), seed, as reorder=20%,seed=7"
+            )
+    return found
 
 
 def _shares(flag: str, text: str) -> list[float]:

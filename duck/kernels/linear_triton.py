@@ -102,6 +102,7 @@ def _multiply(
             total += dots * scale[:, None]
         scale = next_scale
     place = (split * rows + row[None, :]) * n + columns[:, None]
+    total = rounded(total, out.dtype.element_ty)
     tl.store(out + place, total, mask=in_n[:, None] & in_rows[None, :])
 
 
@@ -153,7 +154,7 @@ def swiglu_f32(x: Tensor, gate_up: Sequence[Matrix], down: Matrix) -> Tensor:
     """As reference.linear.swiglu_f32. One matrix of both halves takes one pass less."""
     if not all(isinstance(part, Fp8Matrix) for part in gate_up):
         return plain.swiglu_f32(x, gate_up, down)
-    parts = [_partials(x, part) for part in gate_up if isinstance(part, Fp8Matrix)]
+    parts = [_partials(x, part, torch.float32) for part in gate_up if isinstance(part, Fp8Matrix)]
     if len(parts) == 1:
         [partials] = parts
     else:
@@ -165,11 +166,10 @@ def swiglu_f32(x: Tensor, gate_up: Sequence[Matrix], down: Matrix) -> Tensor:
 
 
 def _linear_fp8(x: Tensor, weight: Fp8Matrix, dtype: torch.dtype) -> Tensor:
-    partials = _partials(x, weight)
-    splits, rows, n = partials.shape
-    if splits == 1 and dtype == torch.float32:
+    partials = _partials(x, weight, dtype)
+    if len(partials) == 1:
         return partials[0]
-    out = x.new_empty(rows, n, dtype=dtype)
+    out = x.new_empty(partials.shape[1:], dtype=dtype)
     _finish(_add_splits, partials, out)
     return out
 
@@ -186,8 +186,11 @@ def _finish(kernel: Any, partials: Tensor, out: Tensor) -> None:
         )
 
 
-def _partials(x: Tensor, weight: Fp8Matrix) -> Tensor:
-    """(splits, T, out) float32, to be added up. x: (T, in), its rows contiguous."""
+def _partials(x: Tensor, weight: Fp8Matrix, dtype: torch.dtype) -> Tensor:
+    """(splits, T, out) float32, to be added up; a single one is in `dtype`.
+
+    x: (T, in), its rows contiguous.
+    """
     rows, (n, k) = x.shape[0], weight.shape
     row_edge, column_edge = weight.block
     # Places are 32-bit numbers.
@@ -201,7 +204,7 @@ def _partials(x: Tensor, weight: Fp8Matrix) -> Tensor:
     row_tiles = triton.cdiv(rows, block_t)
     splits = min(_PROGRAMS // (tiles * max(1, row_tiles)), blocks // _LEAST_BLOCKS)
     splits = max(count for count in range(1, max(1, splits) + 1) if blocks % count == 0)
-    out = x.new_empty(splits, rows, n, dtype=torch.float32)
+    out = x.new_empty(splits, rows, n, dtype=dtype if splits == 1 else torch.float32)
     assert out.numel() < 2**31
     if rows:
         _multiply[tiles, splits, row_tiles](

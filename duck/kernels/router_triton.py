@@ -5,8 +5,8 @@ some hundreds of programs: each multiplies a few experts' rows by a part of the 
 partial sum. A second kernel, a program a row, adds those up and chooses. It is bound by the
 time a kernel takes to start.
 
-Choices are made on whole numbers that sort as (value, lower index first), so ties go as in the
-reference: to the lower index. What is not a number counts as the largest, as in torch's sort.
+Choices are made on whole numbers, whose maximum over a warp is one instruction. Of equal ones the
+lower index wins, and what is not a number counts as the largest: as in the reference.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from duck.kernels.reference.router import Rule
 FEW = 16
 """Rows that are multiplied here; with more, torch's product is faster."""
 
-_BLOCK_E = 16
+_BLOCK_E = 8
 _BLOCK_K = 256
-_PER_SPLIT = 2  # blocks of k
+_PER_SPLIT = 4  # blocks of k
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -58,13 +58,19 @@ def _logits(
 
 
 @triton.jit
-def _sortable(values, index, SPAN: tl.constexpr):
-    """int64 keys in the order of (values, the lower index first); NaN is largest. index < SPAN."""
+def _sortable(values):
+    """int32 numbers in the order of float32 values, all above LEAST; NaN is the largest."""
     values = tl.where(values == 0, 0.0, values)  # -0 is 0
     bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where(values == values, bits, 0x7FFFFFFF)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return ordered.to(tl.int64) * SPAN + (SPAN - 1 - index)
+    return tl.where(values == values, ordered, 0x7FFFFFFF)
+
+
+@triton.jit
+def _first_largest(keys, index, AXIS: tl.constexpr):
+    """The index of the largest key along an axis (None: of all); of equal ones the lowest."""
+    top = tl.max(keys, axis=AXIS, keep_dims=True)
+    return tl.min(tl.where(keys == top, index, 0x7FFFFFFF), axis=AXIS, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["splits", "rows"])
@@ -95,12 +101,12 @@ def _choose(
     partials: (splits, rows, experts). ids, weights: (rows, COUNT). Experts stand in a table of
     groups, `size` in each; GROUPS, SIZE and SLOTS are powers of two that hold groups, size, COUNT.
     """
-    SPAN: tl.constexpr = GROUPS * SIZE  # more than any index
-    LEAST: tl.constexpr = -(2**63) + 1
+    LEAST: tl.constexpr = -(2**31)
     row = tl.program_id(0)
-    group, place = tl.arange(0, GROUPS), tl.arange(0, SIZE)
-    index = group[:, None] * size + place[None, :]
-    inside = (place < size)[None, :] & (index < experts)
+    group = tl.arange(0, GROUPS)[:, None]
+    place = tl.arange(0, SIZE)[None, :]
+    index = group * size + place
+    inside = (place < size) & (index < experts)
 
     # All at once: a loop would wait for the memory at every turn.
     split = tl.arange(0, SPLITS)[:, None, None]
@@ -111,44 +117,44 @@ def _choose(
     else:
         shown = tl.where(inside, logits, float("-inf"))
         # With a NaN all scores are NaN: it must not be lost in the maximum.
-        sick = tl.max(tl.max(tl.where(shown == shown, 0, 1), axis=1), axis=0)
-        most = tl.max(tl.max(shown, axis=1), axis=0)
-        powers = tl.exp(shown - most)
-        scores = powers / tl.sum(tl.sum(powers, axis=1), axis=0)
+        sick = tl.max(tl.where(shown == shown, 0, 1))
+        powers = tl.exp(shown - tl.max(shown))
+        scores = powers / tl.sum(powers)
         scores = tl.where(sick == 1, float("nan"), scores)
     choice = scores
     if BIAS:
         choice += tl.load(bias + index, mask=inside, other=0.0)
 
-    keys = tl.where(inside, _sortable(choice, index, SPAN), LEAST)
+    keys = tl.where(inside, _sortable(choice), LEAST)
     if GROUPED:
-        best = tl.max(keys, axis=1)
-        strength = tl.sum(tl.where(keys == best[:, None], choice, 0.0), axis=1)
+        best = index == _first_largest(keys, index, 1)
+        strength = tl.sum(tl.where(best, choice, 0.0), axis=1, keep_dims=True)
         if PAIRS:
-            rest = tl.where(keys == best[:, None], LEAST, keys)
-            second = tl.max(rest, axis=1)
-            strength += tl.sum(tl.where(rest == second[:, None], choice, 0.0), axis=1)
-        in_groups = group * size < experts
-        standing = tl.where(in_groups, _sortable(strength, group, SPAN), LEAST)
-        kept = tl.zeros((GROUPS,), tl.int32)
+            rest = tl.where(best, LEAST, keys)
+            second = index == _first_largest(rest, index, 1)
+            strength += tl.sum(tl.where(second, choice, 0.0), axis=1, keep_dims=True)
+        standing = tl.where(group * size < experts, _sortable(strength), LEAST)
+        dropped = tl.where(inside, _sortable(tl.where(inside, float("-inf"), 0.0)), LEAST)
+        kept = dropped
         for _ in tl.static_range(KEPT):
-            top = standing == tl.max(standing, axis=0)
-            kept = tl.where(top, 1, kept)
+            top = group == _first_largest(standing, group, 0)
+            kept = tl.where(top, keys, kept)
             standing = tl.where(top, LEAST, standing)
-        dropped = _sortable(tl.where(inside, float("-inf"), 0.0), index, SPAN)
-        keys = tl.where(inside & (kept == 0)[:, None], dropped, keys)
+        keys = kept
 
     slot = tl.arange(0, SLOTS)
     chosen = tl.zeros((SLOTS,), tl.int32)
-    weight = tl.zeros((SLOTS,), tl.float32)
+    sizes = tl.zeros((SLOTS,), tl.int32)
+    # Scores are not negative, so their bits sort as they do.
+    bits = scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     for number in tl.static_range(COUNT):
-        top = tl.max(tl.max(keys, axis=1), axis=0)
-        here = keys == top
-        its_index = SPAN - 1 - (top & (SPAN - 1))
-        its_score = tl.sum(tl.sum(tl.where(here, scores, 0.0), axis=1), axis=0)
-        chosen = tl.where(slot == number, its_index.to(tl.int32), chosen)
-        weight = tl.where(slot == number, its_score, weight)
+        top = tl.max(keys)
+        expert = tl.min(tl.where(keys == top, index, 0x7FFFFFFF))
+        here = index == expert
+        chosen = tl.where(slot == number, expert, chosen)
+        sizes = tl.where(slot == number, tl.max(tl.where(here & inside, bits, 0)), sizes)
         keys = tl.where(here, LEAST, keys)
+    weight = sizes.to(tl.float32, bitcast=True)
     if NORMALISE:
         weight = weight / (tl.sum(weight, axis=0) + 1e-20)
     inside = slot < COUNT
@@ -219,7 +225,7 @@ def _chosen(partials: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor, 
             SIZE=triton.next_power_of_2(size),
             SLOTS=triton.next_power_of_2(rule.count),
             SPLITS=triton.next_power_of_2(splits),
-            num_warps=4,
+            num_warps=1,
             enable_fp_fusion=False,
         )
     return ids, weights

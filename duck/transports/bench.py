@@ -8,7 +8,8 @@ drifts.
 
 With `losses`, datagrams are dropped at the host's sockets, each for itself in both directions; an
 ask that is dropped there is lost to all ducks. Only multicast has datagrams of ours to drop: under
-tcp the system sends again, and shm has nothing to lose.
+tcp the system sends again, and shm has nothing to lose. `faults` are those of faulty.py: datagrams
+of multicast meet all of them, verified answers of the others those that must not be noticed.
 
 The host's processor time is that of the thread that runs the event loop; adding up the answers is
 timed for itself. With 32 ducks on a few processors the latency is not that of 32 machines: the
@@ -29,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,8 +46,8 @@ from duck.kernels import library
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Rows
 from duck.transports.bench_ducks import DTYPE, SHAPE
-from duck.transports.control import FlockTransport
-from duck.transports.faulty import Faults, FaultyUdpSocket
+from duck.transports.control import FlockTransport, Plane
+from duck.transports.faulty import Faults, FaultyPlane, FaultyUdpSocket, spoil_datagram
 from duck.transports.link import data_frames
 from duck.transports.multicast import MulticastPlane
 from duck.transports.planes import host_plane
@@ -54,6 +55,7 @@ from duck.transports.planes import host_plane
 HIDDEN, TOP_K = 7168, 8  # DeepSeek-V3
 LAYERS = 4
 LOSSY = ("multicast",)  # transports whose datagrams can be dropped here
+HARMFUL = ("drop", "corrupt")  # faults that end a flock under the others
 TURN = 16  # rounds of one side before the other has its turn
 WARM_ROUNDS = 20
 _START_S = 60.0
@@ -68,6 +70,7 @@ class Row:
     ducks: int
     rows: int
     loss: float  # share of the datagrams that were dropped
+    faulty: bool  # whether `faults` were at work
     rounds: int
     p50_us: float
     p99_us: float
@@ -87,14 +90,18 @@ def bench_transport(
     ducks: Sequence[int] = (1, 2, 8, 32),
     rows: Sequence[int] = (1, 2, 328),
     losses: Sequence[float] = (),
+    faults: Mapping[str, float] | None = None,
     seconds: float = 2.0,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure every combination for so many seconds; blocking, on an event loop of its own.
 
+    faults: arguments of `faulty.Faults`; every combination is measured with them as well.
+
     Raises:
         TransportError: the ducks did not start.
     """
+    tries = (None, faults) if faults else (None,)
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     host, others = (usable[:1], usable[1:]) if len(usable) > 1 else ([], [])
     if host:
@@ -109,10 +116,14 @@ def bench_transport(
                 with _ducks(count, others) as addresses:
                     for transport in transports:
                         rates = [0.0, *losses] if transport in LOSSY else [0.0]
-                        for size, loss in itertools.product(rows, rates):
-                            cell = _Cell(transport, count, size, loss)
+                        cells = [(0.0, faults) for faults in tries] + [
+                            (loss, None) for loss in rates[1:]
+                        ]
+                        for size, (loss, bad) in itertools.product(rows, cells):
+                            cell = _Cell(transport, count, size, loss, bad is not None)
                             note(str(cell))
-                            measured.append(runner.run(_measure(cell, addresses, seconds)))
+                            row = _measure(cell, addresses, seconds, bad or {"drop": loss})
+                            measured.append(runner.run(row))
     finally:
         if host:
             os.sched_setaffinity(0, usable)
@@ -175,9 +186,10 @@ class _Cell:
     ducks: int
     rows: int
     loss: float
+    faulty: bool
 
     def __str__(self) -> str:
-        lost = f", {self.loss:.2%} lost" if self.loss else ""
+        lost = f", {self.loss:.2%} lost" if self.loss else ", with faults" if self.faulty else ""
         return f"{self.transport}, {self.ducks} ducks, {self.rows} rows{lost}"
 
 
@@ -190,7 +202,9 @@ class _Side:
     sums: list[float]
 
 
-async def _measure(cell: _Cell, addresses: Sequence[tuple[str, str]], seconds: float) -> Row:
+async def _measure(
+    cell: _Cell, addresses: Sequence[tuple[str, str]], seconds: float, faults: Mapping[str, float]
+) -> Row:
     ducks, size = cell.ducks, cell.rows
     shape = wire.Shape(HIDDEN, TOP_K, DTYPE, DTYPE, max(size, 1))
     plan = Plan(
@@ -200,7 +214,7 @@ async def _measure(cell: _Cell, addresses: Sequence[tuple[str, str]], seconds: f
     x = wire.to_wire(rng.standard_normal((size, HIDDEN), np.float32), DTYPE)
     ids = np.argsort(rng.random((size, 256)), axis=1)[:, :TOP_K].astype(np.int32)
     weights = rng.random((size, TOP_K), np.float32)
-    async with _flock(cell, [address for address, _ in addresses], plan) as flock:
+    async with _flock(cell, [address for address, _ in addresses], plan, faults) as flock:
         yardstick = _Yardstick([address for _, address in addresses], plan, size)
         try:
             ours, theirs = _Side([], [], []), _Side([], [], [])
@@ -237,13 +251,18 @@ async def _measure(cell: _Cell, addresses: Sequence[tuple[str, str]], seconds: f
 
 @contextlib.asynccontextmanager
 async def _flock(
-    cell: _Cell, addresses: Sequence[str], plan: Plan
+    cell: _Cell, addresses: Sequence[str], plan: Plan, faults: Mapping[str, float]
 ) -> AsyncIterator[FlockTransport]:
-    plane = host_plane(cell.transport, Network())
-    if cell.loss:
-        assert cell.transport in LOSSY
-        out, back = (Faults[Any](seed, drop=cell.loss) for seed in (1, 2))
-        plane = MulticastPlane(make_socket=partial(FaultyUdpSocket, out=out, back=back))
+    plane: Plane = host_plane(cell.transport, Network())
+    if cell.loss or cell.faulty:
+        settings: dict[str, Any] = {"seed": 1, **faults}
+        seed = int(settings.pop("seed"))
+        if cell.transport in LOSSY:
+            out, back = (Faults(seed + n, **settings, spoil=spoil_datagram) for n in (0, 1))
+            plane = MulticastPlane(make_socket=partial(FaultyUdpSocket, out=out, back=back))
+        else:
+            harmless = {name: n for name, n in settings.items() if name not in HARMFUL}
+            plane = FaultyPlane(plane, answers=Faults(seed, **harmless))
     flock = FlockTransport(addresses, plane)
     try:
         await flock.start(plan)
@@ -361,7 +380,7 @@ def tables(report: dict[str, Any]) -> str:
     ]
     lines += [
         f"{row['transport']:11}{row['ducks']:5}{row['rows']:5}"
-        + (f"{row['loss']:7.2%}" if row["loss"] else f"{'':7}")
+        + (f"{row['loss']:7.2%}" if row["loss"] else f"{'faults' if row['faulty'] else '':>7}")
         + f"{row['p50_us']:10.0f}{row['p99_us']:10.0f}{row['host_cpu_us']:9.0f}{row['sum_us']:8.0f}"
         f"{row['rounds_s']:10.0f}{row['calls']:7.1f}"
         + ("" if row["packets"] is None else f"{row['packets']:9.1f}")

@@ -89,6 +89,10 @@ IDS = ("--prompt-ids", "5,6,7")
         (("bench", "transport", "--rows", "1025"), "--rows '1025': want numbers of 1 to 1024"),
         (("bench", "transport", "--loss", "60%"), "--loss '60%': want shares up to 50%"),
         (("bench", "transport", "--loss", "much"), "--loss 'much'"),
+        (("bench", "transport", "--faults", "reorder"), "--faults 'reorder': want drop,"),
+        (("bench", "transport", "--faults", "drop=60%"), "--faults 'drop=60%'"),
+        (("bench", "transport", "--faults", "seed=1,kill=1%"), "--faults 'kill=1%'"),
+        (("bench", "transport", "--faults", "drop=1%"), "--faults drop: only multicast stands it"),
         (("bench", "transport", "--seconds", "nan"), "--seconds nan"),
         (("bench", "transport", "--plot", "x.png"), "--plot draws latency over loss"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
@@ -332,6 +336,21 @@ def test_bench_transport(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> N
     calls = {row["transport"]: row["calls"] for row in report["rows"] if row["rows"] == 1}
     assert calls["shm"] < calls["tcp"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_transport_with_faults(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("--ducks", "2", "--rows", "1", "--seconds", "0.05", "--json")
+    harmless = "duplicate=10%,reorder=20%,delay=0.2,seed=7"
+    for transport, faults in (("tcp,shm", harmless), ("multicast", f"drop=5%,{harmless}")):
+        code, out, err = run(
+            capfd, "bench", "transport", "--transport", transport, "--faults", faults, *words
+        )
+        assert code == 0, err
+        names = [name for name in transport.split(",") for _ in range(2)]
+        rows = json.loads(out)["rows"]
+        assert [(row["transport"], row["faulty"]) for row in rows] == [
+            (name, number % 2 == 1) for number, name in enumerate(names)
+        ]
 
 
 def test_bench_transport_for_people(capfd: pytest.CaptureFixture[str]) -> None:
