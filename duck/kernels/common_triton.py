@@ -33,6 +33,15 @@ def rounded(values, dtype: tl.constexpr):
     return values.to(dtype)
 
 
+@triton.jit
+def dot(a, b, total):
+    """A total + a @ b, all of it float32 but for operands in bf16, whose products are exact."""
+    if _CUTS:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
 def dot_dtype(x: Tensor) -> tl.dtype:
     """What both operands of tl.dot are brought to, for rows x: exact for e4m3 and for x."""
     if INTERPRETED or x.dtype == torch.float32:

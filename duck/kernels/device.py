@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from duck.kernels.matrix import Matrix
+from duck.kernels.reference import cached
 from duck.kernels.reference import device as plain
 from duck.kernels.reference import linear as products
 from duck.kernels.reference import router as routers
@@ -40,6 +41,10 @@ class Kernels:
     rotate_at: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = plain.rotate_at
     route: Callable[[Tensor, Tensor, Tensor | None, Rule], tuple[Tensor, Tensor]] = routers.route
     combine: Callable[[Tensor, Tensor, Tensor | None], Tensor] = plain.combine
+    attend: Callable[..., Tensor] = cached.attend
+    append_keys: Callable[..., None] = cached.append_keys
+    index_queries: Callable[..., tuple[Tensor, Tensor]] = cached.index_queries
+    select: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] = cached.select
 
 
 REFERENCE = Kernels()
@@ -56,7 +61,14 @@ def pick(device: torch.device, want: str = "auto") -> Kernels:
 
     if want == "auto" and not common_triton.is_supported(device):
         return REFERENCE
-    from duck.kernels import combine_triton, linear_triton, norm_triton, router_triton
+    from duck.kernels import (
+        attention_triton,
+        combine_triton,
+        indexer_triton,
+        linear_triton,
+        norm_triton,
+        router_triton,
+    )
 
     return replace(
         REFERENCE,
@@ -71,4 +83,8 @@ def pick(device: torch.device, want: str = "auto") -> Kernels:
         rotate_at=norm_triton.rotate_at,
         route=router_triton.route,
         combine=combine_triton.combine,
+        attend=attention_triton.attend,
+        append_keys=indexer_triton.append_keys,
+        index_queries=indexer_triton.queries,
+        select=indexer_triton.select,
     )

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from duck.kernels.common_triton import rounded
+from duck.kernels.fp8_triton import encode, group_scale, largest_size
 from duck.kernels.reference import FP8_GROUP
 
 
@@ -71,24 +72,6 @@ def _rotate(x, cos, sin, position, out, pairs, row_stride, head_stride, BLOCK: t
 
 
 @triton.jit
-def _e4m3(values):
-    """The e4m3 codes (uint8) of values of at most 448, nearest, ties to even; of NaN, a NaN.
-
-    On the bits, because conversions differ from GPU to GPU and in the interpreter.
-    """
-    bits = values.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    size = bits & 0x7FFFFFFF
-    # Round to 3 mantissa bits and move the exponent's bias from 127 to 7.
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-    # Steps of 2^-9: 2^14 is so large that its last bit is worth that.
-    tiny = ((tl.abs(values) + 16384.0) - 16384.0) * 512.0
-    code = tl.where(size < (121 << 23), tiny.to(tl.int32), normal)  # 2^-6
-    code = tl.where(size > (255 << 23), 0x7F, code)
-    return (code | sign).to(tl.uint8)
-
-
-@triton.jit
 def _append(
     kv,
     weight,
@@ -131,20 +114,11 @@ def _append(
     w = tl.load(weight + column, mask=inside, other=0.0)
     c = rounded(w * (c * scale), kind).to(tl.float32)
     if FP8:
-        # A group with what is no number becomes NaN as a whole, through its scale.
-        sick = tl.max(tl.where(c == c, 0, 1), axis=1)
-        largest = tl.maximum(tl.max(tl.abs(c), axis=1), 1e-4)
-        # Up to the next power of two, on the bits.
-        bits = tl.div_rn(largest, 448.0).to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFFFF) & 0x7F800000
-        codes = _e4m3(tl.div_rn(c, bits.to(tl.float32, bitcast=True)[:, None]))
-        bits = tl.where(sick == 1, 0x7FC00000, bits)
+        scale = group_scale(largest_size(c, 1))
+        codes = encode(tl.div_rn(c, scale[:, None]))
         tl.store(coded + place * coded_stride + column, codes, mask=inside)
-        tl.store(
-            scaled + place * scaled_stride + scaled_start + group,
-            bits.to(tl.float32, bitcast=True),
-            mask=group * GROUP < rank,
-        )
+        place_of_scale = scaled + place * scaled_stride + scaled_start + group
+        tl.store(place_of_scale, scale, mask=group * GROUP < rank)
     else:
         tl.store(
             plain + place * plain_stride + column, rounded(c, plain.dtype.element_ty), mask=inside

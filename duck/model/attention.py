@@ -8,23 +8,17 @@ more than index_topk tokens attend to the index_topk that it selects for them.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from duck.kernels.reference import WRITTEN_OUT
-from duck.kernels.reference.device import (
-    attend_absorbed,
-    attend_naive,
-    attend_selected,
-)
+from duck.kernels.reference.device import attend_naive
 from duck.model.cache import KVCache
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
 from duck.model.indexer import Indexer
 from duck.model.layers import Loader, Norm
-from duck.model.rope import RopeTable, softmax_scale
+from duck.model.rope import RopeTable, position_on, softmax_scale
 
 _LATENT_EPS = 1e-6  # of the two inner norms: fixed in DeepSeek's code, whatever rms_norm_eps says
 
@@ -78,16 +72,18 @@ class Attention:
         """
         rows = x.shape[0]
         turns = self._rope.upto(position + rows)
+        held = cache.latents.held(self._layer, position, rows)
         self._kernels.append_latents(
             self._kernels.linear(x, self._kv_a),
             self._kv_norm.weight,
             self._kv_norm.eps,
             *turns,
-            cache.latents.held(self._layer, position, rows),
-            _on(x, position),
+            held,
+            position_on(x, position),
         )
         if self._indexer is not None:
-            cache.keys.write(self._layer, position, self._indexer.keys(x, position))
+            held_keys = cache.keys.held(self._layer, position, rows)
+            self._indexer.append(x, held_keys, position)
 
         if last == 0:
             return x.new_empty(0, self.o_proj.shape[1])
@@ -96,7 +92,7 @@ class Attention:
         linear = self._kernels.linear
         q_latent = x if self._q_norm is None else self._q_norm(linear(x, self._q_a))
         q = linear(q_latent, self._q_proj).view(last, self._heads, -1)
-        q_pe = self._kernels.rotate_at(q[..., self._nope :], *turns, _on(x, first))
+        q_pe = self._kernels.rotate_at(q[..., self._nope :], *turns, position_on(x, first))
         q_nope = q[..., : self._nope]
         if self._indexer is None:
             return self._dense(q_nope, q_pe, cache, first).flatten(1)
@@ -106,23 +102,28 @@ class Attention:
         if dense:
             parts.append(self._dense(q_nope[:dense], q_pe[:dense], cache, first))
         if dense < last:
-            keys = cache.keys.read(self._layer, position + rows)
-            selected = self._indexer.select(x[dense:], q_latent[dense:], keys, first + dense)
-            gather = partial(cache.latents.gather, self._layer)
+            held_keys = cache.keys.held(self._layer, position, rows)
+            selected = self._indexer.select(x[dense:], q_latent[dense:], held_keys, first + dense)
             weights = (self._wk, self._wv, self._scale)
-            parts.append(attend_selected(q_nope[dense:], q_pe[dense:], gather, selected, *weights))
+            parts.append(
+                self._kernels.attend(
+                    q_nope[dense:],
+                    q_pe[dense:],
+                    held,
+                    *weights,
+                    position_on(x, first + dense),
+                    selected,
+                )
+            )
         return torch.cat(parts).flatten(1)
 
     def _dense(self, q_nope: Tensor, q_pe: Tensor, cache: KVCache, first: int) -> Tensor:
         """Attention of rows at `first` and after to every token up to their own."""
         rows = q_nope.shape[0]
-        seen = cache.latents.read(self._layer, first + rows)
+        weights = (self._wk, self._wv, self._scale)
         few = self._few_rows is None or rows <= self._few_rows
-        absorb = few or len(seen) * self._spread > WRITTEN_OUT
-        attend = attend_absorbed if absorb else attend_naive
-        return attend(q_nope, q_pe, seen, self._wk, self._wv, self._scale, first)
-
-
-def _on(x: Tensor, position: int) -> Tensor:
-    """A position where x is: (1,) int32."""
-    return torch.full((1,), position, dtype=torch.int32, device=x.device)
+        if few or (first + rows) * self._spread > WRITTEN_OUT:
+            held = cache.latents.held(self._layer, first, rows)
+            return self._kernels.attend(q_nope, q_pe, held, *weights, position_on(q_pe, first))
+        seen = cache.latents.read(self._layer, first + rows)
+        return attend_naive(q_nope, q_pe, seen, *weights, first)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duck.kernels.reference import FP8_GROUP
-from duck.kernels.reference.device import dequantise_groups, pack_fp8
+from duck.kernels.reference.device import pack_fp8, unpack_fp8
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
 
@@ -62,26 +62,14 @@ class Fp8Rows:
     dtype = torch.uint8
 
     def __init__(self, coded: int, plain: int, computed: torch.dtype) -> None:
-        self._coded, self._plain, self._computed = coded, plain, computed
-        self._scales_end = coded + 4 * -(-coded // FP8_GROUP)
-        self.width = self._scales_end + 2 * plain
+        self._coded, self._computed = coded, computed
+        self.width = coded + 4 * -(-coded // FP8_GROUP) + 2 * plain
 
     def pack(self, rows: Tensor) -> Tensor:
         return pack_fp8(rows, self._coded)
 
     def unpack(self, held: Tensor) -> Tensor:
-        codes = held[..., : self._coded].view(torch.float8_e4m3fn)
-        scales = _aligned(held[..., self._coded : self._scales_end]).view(torch.float32)
-        values = dequantise_groups(codes, scales, FP8_GROUP).to(self._computed)
-        if not self._plain:
-            return values
-        plain = _aligned(held[..., self._scales_end :]).view(torch.bfloat16)
-        return torch.cat((values, plain.to(self._computed)), dim=-1)
-
-
-def _aligned(part: Tensor) -> Tensor:
-    """A copy that begins where wider numbers may begin; a part of a row need not."""
-    return part.clone(memory_format=torch.contiguous_format)
+        return unpack_fp8(held, self._coded, self._computed)
 
 
 class LayerRows:
@@ -127,10 +115,6 @@ class LayerRows:
     def read(self, layer: int, stop: int) -> Tensor:
         """Rows 0 .. stop - 1 of one layer, (stop, numbers): rounded as they are held."""
         return self._form.unpack(self._layers[layer][:stop])
-
-    def gather(self, layer: int, positions: Tensor) -> Tensor:
-        """Rows at `positions`, any shape: (..., numbers)."""
-        return self._form.unpack(self._layers[layer][positions])
 
 
 class KVCache:

@@ -14,16 +14,12 @@ the pairs of the main attention here (interleaved) instead of halves; GLM's inde
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from duck.kernels.reference.device import hadamard, layer_norm, rotate, rotate_halves, select_keys
-from duck.model.cache import key_format
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
 from duck.model.layers import Loader
-from duck.model.rope import RopeTable
+from duck.model.rope import RopeTable, position_on
 
 _NORM_EPS = 1e-6
 
@@ -42,42 +38,46 @@ class Indexer:
         assert config.index_topk is not None
         name = f"model.layers.{layer}.self_attn.indexer"
         self.topk = config.index_topk
-        self._rope, self._turned = rope, config.qk_rope_head_dim
-        self._rotate = rotate if config.indexer_rope_interleave else rotate_halves
+        self._rope, self._interleaved = rope, config.indexer_rope_interleave
         self._heads = config.index_n_heads
         self._scale = (config.index_n_heads * config.index_head_dim) ** -0.5
-        self._linear = loader.kernels.linear
+        self._kernels = loader.kernels
         self._query = loader.matrix(f"{name}.wq_b")
         self._key = loader.matrix(f"{name}.wk")
         self._norm = loader.vector(f"{name}.k_norm.weight"), loader.vector(f"{name}.k_norm.bias")
         self._weights = loader.vector(f"{name}.weights_proj.weight")
-        # Queries are rounded as keys are held. The turn by Hadamard's matrix is for the rounding
+        # Queries are rounded as keys are held. A turn by Hadamard's matrix is for the rounding
         # alone: it changes no product.
-        self._form = key_format(config, holding)
-        self._spread = holding.indexer == "fp8"
+        self._fp8 = holding.indexer == "fp8"
 
-    def keys(self, x: Tensor, position: int) -> Tensor:
-        """What the cache is to hold of rows x (T, hidden), normed: (T, index_head_dim) float32."""
-        key = layer_norm(self._linear(x, self._key), *self._norm, _NORM_EPS)
-        return self._turn(key, *self._rope.at(position, len(x)))
+    def append(self, x: Tensor, held: Tensor, position: int) -> None:
+        """Write the keys of rows x (T, hidden), normed, into their cache of this layer."""
+        self._kernels.append_keys(
+            self._kernels.linear(x, self._key),
+            self._norm,
+            _NORM_EPS,
+            *self._rope.upto(position + len(x)),
+            position_on(x, position),
+            held,
+            interleaved=self._interleaved,
+        )
 
-    def select(self, x: Tensor, q_latent: Tensor, keys: Tensor, position: int) -> Tensor:
-        """Positions of the tokens that each row attends to, ascending: (T, topk) int64.
+    def select(self, x: Tensor, q_latent: Tensor, held: Tensor, position: int) -> Tensor:
+        """Positions of the tokens that each row attends to, ascending: (T, topk) int32.
 
-        x: (T, hidden), normed, at `position` and after, where more than topk tokens are seen.
-        q_latent: (T, q_lora_rank), normed: the main attention's. keys: (position + T,
-        index_head_dim) float32, as the cache holds them.
+        x: (T, hidden), normed, at `position` and after; q_latent: (T, q_lora_rank), normed: the
+        main attention's. held: this layer's keys. -1 stands after the last of a row that sees fewer
+        than topk tokens.
         """
-        rows = len(x)
-        query = self._linear(q_latent, self._query).float().view(rows, self._heads, -1)
-        cos, sin = self._rope.at(position, rows)
-        query = self._turn(query, cos[:, None], sin[:, None])
-        query = self._form.unpack(self._form.pack(query))
-        weights = F.linear(x.float(), self._weights) * self._scale
-        return select_keys(query, weights, keys, position, self.topk)
-
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the first numbers of each head; the main attention rotates its last."""
-        turned = self._rotate(x[..., : self._turned], cos, sin)
-        x = torch.cat((turned, x[..., self._turned :]), dim=-1)
-        return hadamard(x) if self._spread else x
+        rows, at = len(x), position_on(x, position)
+        query, weights = self._kernels.index_queries(
+            self._kernels.linear(q_latent, self._query).view(rows, self._heads, -1),
+            x,
+            self._weights,
+            self._scale,
+            *self._rope.upto(position + rows),
+            at,
+            fp8=self._fp8,
+            interleaved=self._interleaved,
+        )
+        return self._kernels.select(query, weights, held, at, self.topk)

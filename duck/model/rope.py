@@ -95,3 +95,8 @@ class RopeTable:
         angles = torch.arange(count, dtype=torch.float64)[:, None] * self._frequencies
         cos, sin = angles.cos() * self._gain, angles.sin() * self._gain
         return cos.float().to(self._device), sin.float().to(self._device)
+
+
+def position_on(x: Tensor, position: int) -> Tensor:
+    """A position as kernels take it, where x is: (1,) int32."""
+    return torch.full((1,), position, dtype=torch.int32, device=x.device)

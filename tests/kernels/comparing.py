@@ -19,3 +19,21 @@ def assert_near(got: Tensor, want: Tensor, *, rtol: float, atol: float) -> None:
 def assert_same(got: Tensor, want: Tensor) -> None:
     """Bit for bit, but for the bits of a NaN."""
     assert_near(got, want, rtol=0, atol=0)
+
+
+def assert_alike(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """As assert_near, of results that add up many numbers, in any dtypes.
+
+    tolerance: of the difference's norm beside that of what is wanted; single numbers may be off by
+    8 times that beside the largest.
+    """
+    assert got.shape == want.shape
+    got, want = got.double(), want.double()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(got), kind(want)), f"{kind.__name__} in other places"
+    finite = want.isfinite()
+    got, want = got[finite], want[finite]
+    if want.numel():
+        difference = got - want
+        assert difference.norm() <= tolerance * want.norm(), difference.norm() / want.norm()
+        assert difference.abs().max() <= 8 * tolerance * want.abs().max()

@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that are not there, at the real V3.2's shapes. Run by a test.
 
-    python -m tests.kernels.compiled 90     # H100, H200
-    python -m tests.kernels.compiled 120    # RTX 5090
+    python -m tests.kernels.compiled 90 dense        # H100, H200
+    python -m tests.kernels.compiled 120 attention   # RTX 5090
 
 The wrappers are called as they are, with memory that nobody touches; Triton compiles what they
 would launch. Prints one JSON line a kernel: its name, and what it takes of a processor.
@@ -21,7 +21,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from duck.kernels import combine_triton, linear_triton, norm_triton, router_triton
+from duck.kernels import (
+    attention_triton,
+    combine_triton,
+    indexer_triton,
+    linear_triton,
+    norm_triton,
+    router_triton,
+)
 from duck.kernels.matrix import Fp8Matrix
 from duck.kernels.reference.router import Rule
 
@@ -54,8 +61,8 @@ def bf16(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16)
 
 
-def calls() -> Iterator[Any]:
-    """Every wrapper, for 2 rows and for a chunk of a prompt."""
+def dense() -> Iterator[Any]:
+    """Linears, norms, router and sums, for 2 rows and for a chunk of a prompt."""
     position = torch.zeros(1, dtype=torch.int32)
     turns = torch.empty(4096, 32), torch.empty(4096, 32)
     rule = Rule(8, groups=8, kept=4, scale=2.5)
@@ -77,8 +84,28 @@ def calls() -> Iterator[Any]:
         yield combine_triton.combine(x, bf16(32, rows, 7168), None)
 
 
+def attention() -> Iterator[Any]:
+    """Attention and the indexer, for 2 rows; and attention for a chunk."""
+    rows, position = 2, torch.zeros(1, dtype=torch.int32)
+    turns, x = (torch.empty(4096, 32), torch.empty(4096, 32)), bf16(rows, 7168)
+    wk, wv = bf16(128, 128, 512), bf16(128, 128, 512)
+    selected = torch.empty(rows, 2048, dtype=torch.int32)
+    q, q_pe = bf16(rows, 128, 192)[..., :128], bf16(rows, 128, 64)
+    fp8_rows = torch.empty(4096, 656, dtype=torch.uint8)
+    for held, chosen in ((bf16(4096, 576), None), (fp8_rows, selected)):
+        yield attention_triton.attend(q, q_pe, held, wk, wv, 0.1, position, chosen)
+    folded, q_pe = bf16(9, 128, 512), bf16(9, 128, 64)
+    yield attention_triton.attend_latents(folded, q_pe, fp8_rows, 0.1, position)
+    norm, projected = (torch.empty(128), torch.empty(128)), bf16(rows, 64, 128)
+    keys = torch.empty(4096, 132, dtype=torch.uint8)
+    yield indexer_triton.append_keys(projected[:, 0], norm, 1e-6, *turns, position, keys)
+    proj = torch.empty(64, 7168)
+    asked = indexer_triton.queries(projected, x, proj, 0.1, *turns, position, fp8=True)
+    yield indexer_triton.select(*asked, keys, position, 2048)
+
+
 def main() -> None:
-    capability = int(sys.argv[1])
+    capability, part = int(sys.argv[1]), sys.argv[2]
     driver.set_active(NoGpu(capability))
     compiled: dict[tuple[str, str], Any] = {}
     plain = JITFunction.run
@@ -89,7 +116,7 @@ def main() -> None:
         return kernel
 
     JITFunction.run = run
-    for _ in calls():
+    for _ in {"dense": dense, "attention": attention}[part]():
         pass
     for (name, _), kernel in compiled.items():
         found = {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duck.kernels.device import pick
+from duck.kernels.device import Kernels, pick
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
 from duck.model.indexer import Indexer
@@ -22,7 +22,12 @@ class LocalModel:
     """`duck.model` with its experts in the same process."""
 
     def __init__(
-        self, folder: Path, dtype: str = "float32", *, kernels: str = "auto", **options: Any
+        self,
+        folder: Path,
+        dtype: str = "float32",
+        *,
+        kernels: str | Kernels = "auto",
+        **options: Any,
     ) -> None:
         """kernels: as kernels.device.pick has them. options: as Holding.choose has them."""
         self.folder = folder
@@ -30,9 +35,9 @@ class LocalModel:
         checkpoint = Checkpoint.open(folder)
         holding = Holding.choose(self.config, dtype=dtype, **options)
         cpu = torch.device("cpu")
-        self.model = Transformer.load(
-            checkpoint, self.config, holding, device=cpu, kernels=pick(cpu, kernels)
-        )
+        if isinstance(kernels, str):
+            kernels = pick(cpu, kernels)
+        self.model = Transformer.load(checkpoint, self.config, holding, device=cpu, kernels=kernels)
         columns = range(self.config.moe_intermediate_size)
         self.experts = {
             (layer, expert): [
@@ -92,9 +97,9 @@ class WatchedModel(LocalModel):
         plain = Indexer.select
 
         def select(
-            indexer: Indexer, x: Tensor, q_latent: Tensor, keys: Tensor, position: int
+            indexer: Indexer, x: Tensor, q_latent: Tensor, held: Tensor, position: int
         ) -> Tensor:
-            selected = plain(indexer, x, q_latent, keys, position)
+            selected = plain(indexer, x, q_latent, held, position)
             for row, chosen in enumerate(selected.tolist()):
                 self.selected[self._layer, position + row] = frozenset(chosen)
             return selected

@@ -93,14 +93,17 @@ def test_chunks_equal_the_whole(model: LocalModel) -> None:
 
 def test_the_model_uses_both_forms(model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     used = set()
-    for name in ("attend_absorbed", "attend_naive"):
+    for module, name in (
+        ("kernels.reference.cached", "attend_absorbed"),
+        ("model.attention", "attend_naive"),
+    ):
         original = getattr(device, name)
 
         def spy(*args: object, name: str = name, original: object = original) -> Tensor:
             used.add(name)
             return original(*args)  # type: ignore[operator]
 
-        monkeypatch.setattr(f"duck.model.attention.{name}", spy)
+        monkeypatch.setattr(f"duck.{module}.{name}", spy)
     model.hidden(IDS[:1])
     assert used == {"attend_absorbed"}
     used.clear()

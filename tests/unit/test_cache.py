@@ -75,15 +75,14 @@ def test_plain_rows() -> None:
     assert torch.equal(form.unpack(form.pack(values)), values.bfloat16().float())
 
 
-def test_write_read_gather() -> None:
+def test_write_and_read() -> None:
     store = LayerRows(2, PlainRows(4, torch.float32, torch.float32), 6, device=CPU)
     values = rows(6, 4)
     store.write(1, 0, values[:4])
     store.write(1, 4, values[4:])
     assert torch.equal(store.read(1, 5), values[:5])
     assert (store.read(0, 6) == 0).all()
-    chosen = torch.tensor([[5, 0], [3, 3]])
-    assert torch.equal(store.gather(1, chosen), values[chosen])
+    assert torch.equal(store.held(1, 4, 2), values)
     store.write(1, 2, values[:1])  # a rewind
     assert torch.equal(store.read(1, 3)[2], values[0])
 

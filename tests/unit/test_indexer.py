@@ -294,27 +294,27 @@ def test_fp8_selects_nearly_what_exact_does(
     exact, rounded = LocalModel(folder), LocalModel(folder, indexer="fp8")
     twins = iter([layer._attention._indexer for layer in rounded.model.layers])
     shares = []
-    plain = Indexer.select
+    plain, plain_append = Indexer.select, Indexer.append
     inputs: list[Tensor] = []
 
-    def keys(self: Indexer, x: Tensor, position: int) -> Tensor:
+    def append(self: Indexer, x: Tensor, held: Tensor, position: int) -> None:
         inputs.append(x)
-        return plain_keys(self, x, position)
+        plain_append(self, x, held, position)
 
-    def select(self: Indexer, x: Tensor, q_latent: Tensor, keys: Tensor, position: int) -> Tensor:
-        selected = plain(self, x, q_latent, keys, position)
+    def select(self: Indexer, x: Tensor, q_latent: Tensor, held: Tensor, position: int) -> Tensor:
+        selected = plain(self, x, q_latent, held, position)
         twin = next(twins)
         assert twin is not None
-        held = twin._form.unpack(twin._form.pack(plain_keys(twin, inputs[-1], 0)))
-        other = plain(twin, x, q_latent, held, position)
+        theirs = rounded.model.new_cache(48).keys.held(0, 0, 48)
+        plain_append(twin, inputs[-1], theirs, 0)
+        other = plain(twin, x, q_latent, theirs, position)
         shares.extend(
             len(set(a) & set(b)) / TOPK
             for a, b in zip(selected.tolist(), other.tolist(), strict=True)
         )
         return selected
 
-    plain_keys = Indexer.keys
-    monkeypatch.setattr(Indexer, "keys", keys)
+    monkeypatch.setattr(Indexer, "append", append)
     monkeypatch.setattr(Indexer, "select", select)
     exact.hidden(IDS)
     assert len(shares) == 3 * (48 - TOPK)

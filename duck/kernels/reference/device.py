@@ -100,17 +100,18 @@ def quantise_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """e4m3 codes of the last axis, and one scale for each `group` numbers of it.
 
     A scale is the smallest power of two that brings the group's largest size to 448 or below; sizes
-    below 1e-4 count as that. Source: act_quant of DeepSeek-V3.2-Exp's inference code, with ue8m0.
+    below 1e-4 count as that; one NaN makes all of its group NaN. Source: act_quant of
+    DeepSeek-V3.2-Exp's inference code, with ue8m0.
 
     Returns (..., width) float8_e4m3fn and (..., ceil(width / group)) float32.
     """
     width = x.shape[-1]
     padded = F.pad(x.float(), (0, -width % group))
     grouped = padded.reshape(*x.shape[:-1], -1, group)
-    scales = grouped.abs().amax(dim=-1).clamp_min(1e-4) / _E4M3_MAX
+    least = grouped.abs().amax(dim=-1).clamp_min(1e-4) / _E4M3_MAX
     # Up to the next power of two on the bits; the logarithm of an exact one may come out above.
-    bits = (scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000
-    scales = bits.view(torch.float32)
+    bits = (least.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    scales = torch.where(least.isnan(), least, bits.view(torch.float32))
     codes = (grouped / scales[..., None]).to(torch.float8_e4m3fn)
     return codes.flatten(-2)[..., :width].contiguous(), scales
 
@@ -132,6 +133,23 @@ def pack_fp8(rows: Tensor, coded: int) -> Tensor:
     if coded < rows.shape[-1]:
         parts.append(rows[..., coded:].bfloat16().contiguous().view(torch.uint8))
     return torch.cat(parts, dim=-1)
+
+
+def unpack_fp8(held: Tensor, coded: int, dtype: torch.dtype) -> Tensor:
+    """The reverse of `pack_fp8`: (..., bytes) to (..., numbers)."""
+    end = coded + 4 * -(-coded // FP8_GROUP)
+    codes = held[..., :coded].view(torch.float8_e4m3fn)
+    scales = _aligned(held[..., coded:end]).view(torch.float32)
+    values = dequantise_groups(codes, scales, FP8_GROUP).to(dtype)
+    if held.shape[-1] == end:
+        return values
+    plain = _aligned(held[..., end:]).view(torch.bfloat16)
+    return torch.cat((values, plain.to(dtype)), dim=-1)
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """A copy that begins where wider numbers may begin; a part of a row need not."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def append_latents(
@@ -238,8 +256,8 @@ def attend_selected(
 ) -> Tensor:
     """`attend_absorbed` of every row to keys of its own: sparse attention.
 
-    selected: (T, K) positions, each row's own or before. gather: brings their latents, from
-    (rows, K) positions (rows, K, r + dr).
+    selected: (T, K) positions, each row's own or before; -1 stands for none. gather: brings their
+    latents, from (rows, K) positions (rows, K, r + dr).
     """
     rank, heads, keys = wk.shape[2], wk.shape[0], selected.shape[1]
     folded = torch.einsum("thd,hdr->thr", q_nope, wk)
@@ -247,8 +265,10 @@ def attend_selected(
     out = torch.empty_like(folded)
     per_row = keys * max(heads, query.shape[-1])  # its scores, or the latents brought for it
     for start, stop in _row_blocks(query.shape[0], per_row):
-        seen = gather(selected[start:stop]).float()
+        ids = selected[start:stop]
+        seen = gather(ids.clamp_min(0)).float()
         scores = torch.einsum("thr,tsr->ths", query[start:stop], seen) * scale
+        scores.masked_fill_((ids < 0)[:, None], float("-inf"))
         weights = scores.softmax(dim=-1)
         out[start:stop] = torch.einsum("ths,tsr->thr", weights, seen[..., :rank]).to(out.dtype)
     return torch.einsum("thr,hdr->thd", out, wv)
