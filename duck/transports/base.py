@@ -283,19 +283,18 @@ class AskTable:
             WireError: it does not belong to this ask.
         """
         if ask.gather.note(duck, fragment, fragments) and ask.gather.has(duck):
-            self._noted(ask, (duck,))
+            self._came(ask, (duck,))
 
     def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
         """All of these ducks' verified answers lie in the row set, in however many fragments."""
-        for duck in ducks:
-            ask.gather.note_whole(duck)
-        self._noted(ask, ducks)
+        self._came(ask, ducks)
 
-    def _noted(self, ask: Ask, ducks: Iterable[int]) -> None:
-        now = time.perf_counter()
+    def _came(self, ask: Ask, ducks: Iterable[int]) -> None:
+        now, gather, arrived_at = time.perf_counter(), ask.gather, ask.arrived_at
         for duck in ducks:
-            ask.arrived_at[duck] = now
-        if ask.gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
+            gather.note_whole(duck)
+            arrived_at[duck] = now
+        if gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
             ask.done_at = now
             if not ask._future.done():
                 ask._future.set_result(ask.rows)

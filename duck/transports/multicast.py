@@ -416,19 +416,18 @@ class MulticastPlane:
         for ticket in self._open.ended(open_asks):
             self._close_ask(ticket)
         events, trains = nic.socket.collect(drain)
-        for event in events:
-            waiting = self._open.get(event.ticket)
+        for ticket, duck, what, _, bits in events:
+            waiting = self._open.get(ticket)
             if waiting is None:  # the last answer came twice
                 continue
-            duck, ask = event.duck, waiting.ask
-            self._half.landed(duck, event.ticket, event.bits, now)
-            if event.what == library.MESSAGE_NONE:
+            self._half.landed(duck, ticket, bits, now)
+            if what == library.MESSAGE_NONE:
                 continue
-            if event.what == library.MESSAGE_GOOD and self._opened(duck, waiting):
-                self._arrived(duck, ask)
+            if what == library.MESSAGE_GOOD and self._opened(duck, waiting):
+                self._arrived(duck, waiting.ask)
             else:
-                self._half.failed(duck, event.ticket, now)
-                waiting.missing[duck] = self._half.missing(duck, event.ticket)
+                self._half.failed(duck, ticket, now)
+                waiting.missing[duck] = self._half.missing(duck, ticket)
         return trains
 
     def _opened(self, duck: int, waiting: Waiting) -> bool:
