@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,22 @@ def test_device_works_on_one_lane_while_ducks_work_on_the_other(tmp_path: Path) 
                 assert ask.args["lane"] != span.args["lane"]
                 across += 1
     assert across > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only some systems can pin")
+def test_the_loops_work_is_timed_on_one_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = overlap._Run.run
+
+    def run(self: overlap._Run) -> None:
+        seen.append((self._scale, len(os.sched_getaffinity(0))))
+        real(self)
+
+    monkeypatch.setattr(overlap._Run, "run", run)
+    before = os.sched_getaffinity(0)
+    bench_pipeline(FEW, schedules=["wave"], ducks=1, steps=1, scale=0.5)
+    assert seen == [(0.5, len(before)), (0.0, 1)]
+    assert os.sched_getaffinity(0) == before
 
 
 def test_tokens_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
