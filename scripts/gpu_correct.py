@@ -99,8 +99,18 @@ def row_checks(shape: Shape, device: torch.device, kernels: Kernels) -> Iterator
         got, expected = (one.rms_norm(x, weight, 1e-6) for one in (kernels, REFERENCE))
         return compared(got, expected, 2e-3)
 
+    def project() -> Result:
+        inner = make.rows(2, shape.heads * shape.value)
+        matrix = make.fp8(shape.hidden, shape.heads * shape.value)
+        got, expected = (
+            one.project_add_norm(x, inner, matrix, weight, 1e-6) for one in (kernels, REFERENCE)
+        )
+        first = compared(got[0], expected[0], 2e-3)
+        return compared(got[1], expected[1], 2e-3) if first["ok"] else first
+
     yield "norm", rms_norm
     yield "residual and norm", add_norm
+    yield "projection, residual and norm", project
 
     cos, sin = make.tables(64, shape.rope // 2)
     position = make.position(40)
