@@ -394,6 +394,8 @@ class HostHalf:
     def settle(self, now: float) -> list[Send]:
         """What to send once everything that had arrived was fed in."""
         sends: list[Send] = []
+        if not self._partial and not self._wanted:
+            return sends
         for owed, duck in self._partial:
             missing = owed.missing[duck]
             if not missing or owed.ticket not in self._open or owed.nacked >> duck & 1:

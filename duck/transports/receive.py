@@ -134,6 +134,8 @@ class OpenAsks:
 
     def ended(self, still_open: Mapping[int, Ask]) -> list[int]:
         """Those that are not open any more: their rows may serve others by now."""
+        if self._waiting.keys() <= still_open.keys():
+            return []
         return [ticket for ticket in self._waiting if ticket not in still_open]
 
     def __len__(self) -> int:
