@@ -33,8 +33,7 @@ class FlockAsk:
             self._rows = await self._ask
         except DuckLost as lost:
             raise await self._flock.explained(lost) from None
-        ducks = self._flock.plan.ducks
-        self.ducks_us = tuple(self._rows.stamps(duck) for duck in range(ducks))
+        self.ducks_us = self._rows.stamps()
 
     def total(self) -> np.ndarray:
         """(T, hidden) float32: the partial sums added in duck order, whatever order they came in.

@@ -7,10 +7,10 @@ come from the plan alone; a header only chooses among them.
 The host owns all timers. An ask goes to all ducks at once; each answers in one burst.
 
 - A burst whose last fragment came and others did not: the host says which are missing (NACK).
-- A duck that gave no sign for as long as it usually takes: the host sends it the ask's last
-  fragment again. That one packet is enough for the duck to tell what became of the ask: it is
-  answered (the answer is sent again), it is being computed, or there are holes (RNACK, and the host
-  sends what is missing).
+- A duck that gave no sign for as long as it usually takes, or for longer after another duck's
+  answer than it usually does: the host sends it the ask's last fragment again. That one packet is
+  enough for the duck to tell what became of the ask: it is answered (the answer is sent again), it
+  is being computed, or there are holes (RNACK, and the host sends what is missing).
 - Waits follow each duck's times (RFC 6298: smoothed time and its variation), double from try to
   try up to 50 ms, and grow where they proved impatient. A duck that gives no sign through 200 tries
   is lost; what ends an ask before is its deadline, which its owner keeps.
@@ -197,6 +197,8 @@ class _Owed:
         "first_at",
         "fragments",
         "full",
+        "gaps",
+        "last_at",
         "layer",
         "missing",
         "nacked",
@@ -226,6 +228,8 @@ class _Owed:
         self.due_first = min(self.due)  # or earlier
         self.tries = [0] * ducks
         self.first_at = [0.0] * ducks  # when an answer began to come that was not asked for again
+        self.gaps = [0.0] * ducks  # how long after another answer began
+        self.last_at = 0.0  # when the latest answer began
         self.asked_at = [0.0] * ducks  # when a NACK was sent
         self.served_at = [-math.inf] * ducks  # when an RNACK was answered
         # Bits of ducks. Who was asked again for what.
@@ -260,6 +264,7 @@ class HostHalf:
         self._open: dict[int, _Owed] = {}
         self._past: dict[int, _Past] = {}
         self._answers = [Patience() for _ in range(ducks)]  # from the ask to the answer
+        self._gaps = [Patience() for _ in range(ducks)]  # from another's answer to this duck's
         self._echoes = [Patience() for _ in range(ducks)]  # from a NACK to what it asks for
         self.missed = [0] * ducks  # asks in a row of which nothing came to a duck but when asked
         self._reorder_s = [0.0] * ducks  # how long fragments may be overtaken by the last
@@ -288,6 +293,8 @@ class HostHalf:
             if first_at:
                 self._answers[duck].sample(first_at - owed.sent_at)
                 self.missed[duck] = 0
+                if owed.gaps[duck]:
+                    self._gaps[duck].sample(owed.gaps[duck])
         self._past[ticket] = _Past(late, owed.nacked, owed.probed)
         if len(self._past) > self.PAST:
             del self._past[next(iter(self._past))]
@@ -340,6 +347,12 @@ class HostHalf:
         mark, missing = 1 << duck, owed.missing[duck]
         if missing == owed.full and not (owed.nacked | owed.probed) & mark:
             owed.first_at[duck] = now
+            if owed.last_at:
+                owed.gaps[duck] = now - owed.last_at
+            owed.last_at = now
+            # The others may be overdue from now on; `_overdue` looks closely.
+            owed.due_first = min(owed.due_first, now + FLOOR_S)
+            self.wake_at = min(self.wake_at, owed.due_first)
         elif owed.nacked & mark and owed.tries[duck] == 1:
             self._echoes[duck].sample(now - owed.asked_at[duck])
         owed.tries[duck] = 0
@@ -378,6 +391,7 @@ class HostHalf:
             self.counts.working += 1
             if owed.probed >> duck & 1:
                 self._answers[duck].impatient()
+                self._gaps[duck].impatient()
             return
         self.counts.rnacks += 1
         if now - owed.served_at[duck] < FLOOR_S:
@@ -394,6 +408,8 @@ class HostHalf:
     def settle(self, now: float) -> list[Send]:
         """What to send once everything that had arrived was fed in."""
         sends: list[Send] = []
+        if not self._partial and not self._wanted:
+            return sends
         for owed, duck in self._partial:
             missing = owed.missing[duck]
             if not missing or owed.ticket not in self._open or owed.nacked >> duck & 1:
@@ -438,6 +454,12 @@ class HostHalf:
         return out
 
     def _overdue(self, owed: _Owed, now: float, out: list[Send | Lost]) -> None:
+        if owed.last_at:
+            asked = owed.nacked | owed.probed
+            for duck, bits in enumerate(owed.missing):
+                if bits == owed.full and not asked >> duck & 1:
+                    gap_due = owed.last_at + self._gaps[duck].wait_s
+                    owed.due[duck] = min(owed.sent_at + owed.wait[duck], gap_due)
         late = [duck for duck, bits in enumerate(owed.missing) if bits and owed.due[duck] <= now]
         silent: list[int] = []
         for duck in late:
@@ -504,6 +526,7 @@ class HostHalf:
             self._reorder_s[duck] = min(max(FLOOR_S, self._reorder_s[duck] * 1.1), 8 * FLOOR_S)
         elif probed & mark:
             self._answers[duck].impatient()
+            self._gaps[duck].impatient()
 
 
 # --- a duck's half

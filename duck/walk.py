@@ -69,6 +69,15 @@ class SteadyLayer(Layer, Protocol):
         last: int | None = None,
         at: Tensor | None = None,
     ) -> Tensor: ...
+    def attend_and_route(
+        self,
+        x: Tensor,
+        cache: KVCache,
+        position: int,
+        *,
+        last: int | None = None,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor, Routed]: ...
 
 
 class Sent(NamedTuple):
@@ -215,15 +224,15 @@ class Slot:
 
     def _attend(self, layer: SteadyLayer, cache: KVCache, position: int) -> None:
         ends = _ends(self.x)
-        x = layer.attend(self.x, cache, position, last=self.last, at=self.position)
+        place: Any = {"last": self.last, "at": self.position}
         if layer.is_moe:
-            routed = layer.route(x)
+            x, routed = layer.attend_and_route(self.x, cache, position, **place)
             if self._out is None:
                 self._make(routed)
-            for place, part in zip(self.parts, (*_fields(routed), ends), strict=True):
-                place.copy_(part)
+            for buffer, part in zip(self.parts, (*_fields(routed), ends), strict=True):
+                buffer.copy_(part)
         else:
-            x = layer.dense(x)
+            x = layer.dense(layer.attend(self.x, cache, position, **place))
         self.x[: self.last].copy_(x)
 
     def _make(self, routed: Routed) -> None:

@@ -59,10 +59,10 @@ def linear_checks(
             weight = make.fp8(*size)
             x = make.rows(max(shape.rows), size[1])
             expected = x.double() @ weight.dequantised().double().T
-            worst: Result = {"error": -1.0, "tolerance": 1e-5, "ok": True}
+            worst: Result = {"error": -1.0, "tolerance": 5e-5, "ok": True}
             for rows in shape.rows:
                 got = kernels.linear_f32(x[:rows], weight)
-                found = compared(got, expected[:rows], 1e-5)
+                found = compared(got, expected[:rows], 5e-5)
                 if rows <= 8 and not torch.equal(got[:1], kernels.linear_f32(x[:1], weight)):
                     return {**found, "ok": False, "why": f"row 0 of {rows} is not row 0 alone"}
                 if not found["ok"]:
@@ -99,8 +99,18 @@ def row_checks(shape: Shape, device: torch.device, kernels: Kernels) -> Iterator
         got, expected = (one.rms_norm(x, weight, 1e-6) for one in (kernels, REFERENCE))
         return compared(got, expected, 2e-3)
 
+    def project() -> Result:
+        inner = make.rows(2, shape.heads * shape.value)
+        matrix = make.fp8(shape.hidden, shape.heads * shape.value)
+        got, expected = (
+            one.project_add_norm(x, inner, matrix, weight, 1e-6) for one in (kernels, REFERENCE)
+        )
+        first = compared(got[0], expected[0], 2e-3)
+        return compared(got[1], expected[1], 2e-3) if first["ok"] else first
+
     yield "norm", rms_norm
     yield "residual and norm", add_norm
+    yield "projection, residual and norm", project
 
     cos, sin = make.tables(64, shape.rope // 2)
     position = make.position(40)
@@ -271,7 +281,7 @@ def indexer_checks(
             held = held_keys(kernels, kind)
             got = indexer_triton.scores(query, weights, held, position)
             exact = index_scores(query.float(), weights, numbers(held, width))
-            return compared(got[:, : at + 1], exact[:, : at + 1], 1e-5)
+            return compared(got[:, : at + 1], exact[:, : at + 1], 5e-5)
 
         def selection(kind: str = kind) -> Result:
             """Of whole chains: the share of tokens that only one of both selects."""

@@ -46,9 +46,8 @@ class Shape:
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Name and (out, in) of a layer's fp8 matrices."""
         return {
-            "q_a": (self.q_rank, self.hidden),
+            "q_a, kv_a": (self.q_rank + self.rank + self.rope, self.hidden),
             "q_b": (self.heads * (self.nope + self.rope), self.q_rank),
-            "kv_a": (self.rank + self.rope, self.hidden),
             "o": (self.hidden, self.heads * self.value),
             "index wq_b": (self.index_heads * self.index_width, self.q_rank),
             "index wk": (self.index_width, self.hidden),
@@ -168,9 +167,9 @@ class Layer:
         k, shape, position, eps = self.kernels, self._shape, self._position, 1e-6
         rows, width = len(x), shape.index_width
         h = k.rms_norm(x, self._norms[0], eps)
-        kv = k.linear(h, self._fp8["kv_a"])
+        q_a, kv = k.linear(h, self._fp8["q_a, kv_a"]).tensor_split([shape.q_rank], dim=-1)
         k.append_latents(kv, self._norms[1], eps, *self.turns, self._held, position)
-        q_latent = k.rms_norm(k.linear(h, self._fp8["q_a"]), self._norms[2], eps)
+        q_latent = k.rms_norm(q_a, self._norms[2], eps)
         q = k.linear(q_latent, self._fp8["q_b"]).view(rows, shape.heads, -1)
         q_nope = q[..., : shape.nope]
         q_pe = k.rotate_at(q[..., shape.nope :], *self.turns, position)
@@ -187,8 +186,7 @@ class Layer:
         out = k.attend(
             q_nope, q_pe, self._held, self._wk, self._wv, shape.scale, position, selected
         )
-        change = k.linear_f32(out.flatten(1), self._fp8["o"])
-        x, h = k.add_norm(x, change, self._norms[3], eps)
+        x, h = k.project_add_norm(x, out.flatten(1), self._fp8["o"], self._norms[3], eps)
         k.route(h, self._gate, self._bias, self._rule)
         shared = k.swiglu_f32(h, (self._fp8["shared gate, up"],), self._fp8["shared down"])
         return k.combine(x, partials, shared)

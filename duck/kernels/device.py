@@ -35,6 +35,9 @@ class Kernels:
     swiglu_f32: Callable[[Tensor, Sequence[Matrix], Matrix], Tensor] = products.swiglu_f32
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = plain.rms_norm
     add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = plain.add_norm
+    project_add_norm: Callable[[Tensor, Tensor, Matrix, Tensor, float], tuple[Tensor, Tensor]] = (
+        products.project_add_norm
+    )
     append_latents: Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor, Tensor], None] = (
         plain.append_latents
     )
@@ -79,6 +82,7 @@ def pick(device: torch.device, want: str = "auto") -> Kernels:
         swiglu_f32=linear_triton.swiglu_f32,
         rms_norm=norm_triton.rms_norm,
         add_norm=norm_triton.add_norm,
+        project_add_norm=norm_triton.project_add_norm,
         append_latents=norm_triton.append_latents,
         rotate_at=norm_triton.rotate_at,
         route=router_triton.route,

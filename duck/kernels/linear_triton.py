@@ -154,7 +154,7 @@ def swiglu_f32(x: Tensor, gate_up: Sequence[Matrix], down: Matrix) -> Tensor:
     """As reference.linear.swiglu_f32. One matrix of both halves takes one pass less."""
     if not all(isinstance(part, Fp8Matrix) for part in gate_up):
         return plain.swiglu_f32(x, gate_up, down)
-    parts = [_partials(x, part, torch.float32) for part in gate_up if isinstance(part, Fp8Matrix)]
+    parts = [partial_sums(x, part) for part in gate_up if isinstance(part, Fp8Matrix)]
     if len(parts) == 1:
         [partials] = parts
     else:
@@ -166,12 +166,8 @@ def swiglu_f32(x: Tensor, gate_up: Sequence[Matrix], down: Matrix) -> Tensor:
 
 
 def _linear_fp8(x: Tensor, weight: Fp8Matrix, dtype: torch.dtype) -> Tensor:
-    partials = _partials(x, weight, dtype)
-    if len(partials) == 1:
-        return partials[0]
-    out = x.new_empty(partials.shape[1:], dtype=dtype)
-    _finish(_add_splits, partials, out)
-    return out
+    partials = partial_sums(x, weight, dtype)
+    return partials[0] if len(partials) == 1 else added_up(partials, dtype)
 
 
 def _finish(kernel: Any, partials: Tensor, out: Tensor) -> None:
@@ -186,7 +182,14 @@ def _finish(kernel: Any, partials: Tensor, out: Tensor) -> None:
         )
 
 
-def _partials(x: Tensor, weight: Fp8Matrix, dtype: torch.dtype) -> Tensor:
+def added_up(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, out) of partial sums (splits, T, out)."""
+    out = partials.new_empty(partials.shape[1:], dtype=dtype)
+    _finish(_add_splits, partials, out)
+    return out
+
+
+def partial_sums(x: Tensor, weight: Fp8Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
     """(splits, T, out) float32, to be added up; a single one is in `dtype`.
 
     x: (T, in), its rows contiguous.

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from duck.kernels.common_triton import rounded
 from duck.kernels.fp8_triton import encode, group_scale, largest_size
+from duck.kernels.linear_triton import added_up, linear_f32, partial_sums
+from duck.kernels.matrix import Fp8Matrix, Matrix
 from duck.kernels.reference import FP8_GROUP
 
+_MOST_SPLITS = 8
+"""That a row's program adds up; more would not fit its registers."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
     x,
     change,
@@ -27,20 +32,26 @@ def _rms_norm(
     eps,
     width,
     x_stride,
-    ADD: tl.constexpr,
+    rows,
+    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Make out = weight * y / sqrt(mean(y^2) + eps), y = x or, if ADD, x + change rounded.
+    """Make out = weight * y / sqrt(mean(y^2) + eps), y = x or, with SPLITS, x + change rounded.
 
-    Grid: (rows). x: (rows, width), rows x_stride apart. change, total (where y goes), out: (rows,
-    width). weight: (width,) float32.
+    Grid: (rows). x: (rows, width), rows x_stride apart. change: (SPLITS, rows, width), to be added
+    up. total (where y goes), out: (rows, width). weight: (width,) float32.
     """
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
     y = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        y += tl.load(change + row * width + column, mask=inside, other=0.0)
+    if SPLITS:
+        at = change + row * width + column
+        added = tl.load(at, mask=inside, other=0.0)
+        for _ in tl.static_range(1, SPLITS):
+            at += rows * width
+            added += tl.load(at, mask=inside, other=0.0)
+        y += added
         near = rounded(y, total.dtype.element_ty)
         tl.store(total + row * width + column, near, mask=inside)
         y = near.to(tl.float32)
@@ -144,36 +155,53 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, width = x.shape
     out = x.new_empty(rows, width)
     if rows:
-        _norm(x, x, weight, x, out, eps, add=False)
+        _norm(x, None, weight, x, out, eps)
     return out
 
 
 def add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As reference.device.add_norm, of rows (T, width); change is contiguous."""
+    return _add_norm(x, change[None], weight, eps)
+
+
+def project_add_norm(
+    x: Tensor, inner: Tensor, weight: Matrix, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As reference.linear.project_add_norm: fp8 products are added up where they are wanted."""
+    if not isinstance(weight, Fp8Matrix):
+        return add_norm(x, linear_f32(inner, weight), norm, eps)
+    change = partial_sums(inner, weight)
+    if len(change) > _MOST_SPLITS:
+        change = added_up(change, torch.float32)[None]
+    return _add_norm(x, change, norm, eps)
+
+
+def _add_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     assert x.dim() == 2
     assert x.stride(1) == 1
     assert change.is_contiguous()
     total, out = x.new_empty(x.shape), x.new_empty(x.shape)
     if len(x):
-        _norm(x, change, weight, total, out, eps, add=True)
+        _norm(x, change, weight, total, out, eps)
     return total, out
 
 
 def _norm(
-    x: Tensor, change: Tensor, weight: Tensor, total: Tensor, out: Tensor, eps: float, *, add: bool
+    x: Tensor, change: Tensor | None, weight: Tensor, total: Tensor, out: Tensor, eps: float
 ) -> None:
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     _rms_norm[(rows,)](
         x,
-        change,
+        x if change is None else change,
         weight,
         total,
         out,
         eps,
         width,
         x.stride(0),
-        ADD=add,
+        rows,
+        SPLITS=0 if change is None else len(change),
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
         enable_fp_fusion=False,

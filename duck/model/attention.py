@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from duck.kernels.matrix import Matrix
 from duck.kernels.reference import WRITTEN_OUT
 from duck.kernels.reference.device import attend_naive
 from duck.model.cache import KVCache
 from duck.model.config import ModelConfig
 from duck.model.holding import Holding
 from duck.model.indexer import Indexer
-from duck.model.layers import Loader, Norm
+from duck.model.layers import Beside, Loader, Norm
 from duck.model.rope import RopeTable, position_on, softmax_scale
 
 _LATENT_EPS = 1e-6  # of the two inner norms: fixed in DeepSeek's code, whatever rms_norm_eps says
@@ -39,14 +40,16 @@ class Attention:
         self._heads = config.num_attention_heads
         self._nope, self._rank = config.qk_nope_head_dim, config.kv_lora_rank
         self._q_norm: Norm | None = None
+        q_a: list[Matrix] = []
         if config.q_lora_rank is None:
             self._q_proj = loader.matrix(f"{name}.q_proj")
         else:
-            self._q_a = loader.matrix(f"{name}.q_a_proj")
+            q_a = [loader.matrix(f"{name}.q_a_proj")]
             self._q_norm = Norm(loader, f"{name}.q_a_layernorm", _LATENT_EPS)
             self._q_proj = loader.matrix(f"{name}.q_b_proj")
         self._kernels = loader.kernels
-        self._kv_a = loader.matrix(f"{name}.kv_a_proj_with_mqa")
+        # Last, since its rows fill no whole number of blocks.
+        self._down = Beside(loader, *q_a, loader.matrix(f"{name}.kv_a_proj_with_mqa"))
         self._kv_norm = Norm(loader, f"{name}.kv_a_layernorm", _LATENT_EPS)
         # Per head: first the rows that make its key, then the rows that make its value.
         per_head = loader.plain(f"{name}.kv_b_proj").view(self._heads, -1, self._rank)
@@ -86,10 +89,12 @@ class Attention:
         """
         rows = x.shape[0]
         at = position_on(x, position) if at is None else at
+        # What the query and the cache are made of, at once if both are wanted of all rows.
+        narrow = None if self._q_norm is None or last < rows else self._down(x)
         turns = self._rope.upto(position + rows)
         held = cache.latents.held(self._layer, position, rows)
         self._kernels.append_latents(
-            self._kernels.linear(x, self._kv_a),
+            self._down.one(-1, x) if narrow is None else narrow[1],
             self._kv_norm.weight,
             self._kv_norm.eps,
             *turns,
@@ -105,7 +110,9 @@ class Attention:
         first, at = position + rows - last, _after(at, rows - last)
         x = x[rows - last :]
         linear = self._kernels.linear
-        q_latent = x if self._q_norm is None else self._q_norm(linear(x, self._q_a))
+        q_latent = x
+        if self._q_norm is not None:
+            q_latent = self._q_norm(self._down.one(0, x) if narrow is None else narrow[0])
         q = linear(q_latent, self._q_proj).view(last, self._heads, -1)
         q_pe = self._kernels.rotate_at(q[..., self._nope :], *turns, at)
         q_nope = q[..., : self._nope]

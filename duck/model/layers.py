@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -108,6 +109,28 @@ class Loader:
         info = self._checkpoint.info(name)
         source = info.nbytes + self._checkpoint.scale_nbytes(name)
         self.tally.add(kind, info.dtype, held, source, resident_bytes)
+
+
+class Beside:
+    """Matrices that take the same rows: multiplied in one pass if they are fp8, else one by one."""
+
+    def __init__(self, loader: Loader, *parts: Matrix) -> None:
+        self._linear, self._parts = loader.kernels.linear, parts
+        self._sizes = [part.shape[0] for part in parts]
+        self._whole = Fp8Matrix.stacked(parts)
+        if self._whole is not None:  # and the parts' own memory is let go
+            ends = list(itertools.accumulate(self._sizes, initial=0))
+            self._parts = tuple(self._whole.rows(*pair) for pair in itertools.pairwise(ends))
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Each part's product, (T, out) in x's dtype; rows may lie apart."""
+        if self._whole is None:
+            return [self.one(number, x) for number in range(len(self._parts))]
+        return torch.split(self._linear(x, self._whole), self._sizes, dim=-1)
+
+    def one(self, number: int, x: Tensor) -> Tensor:
+        """The product of one part alone."""
+        return self._linear(x, self._parts[number])
 
 
 class Norm:

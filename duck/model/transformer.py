@@ -76,6 +76,27 @@ class DecoderLayer:
         change = self._kernels.linear_f32(out, self._attention.o_proj)
         return self._add(x[x.shape[0] - count :], change)
 
+    def attend_and_route(
+        self,
+        x: Tensor,
+        cache: KVCache,
+        position: int,
+        *,
+        last: int | None = None,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor, Routed]:
+        """`attend` and `route` of what it gives, with a kernel or two less between them."""
+        count = x.shape[0] if last is None else last
+        inner = self._attention(self._input_norm(x), cache, position, count, at)
+        x, h = self._kernels.project_add_norm(
+            x[x.shape[0] - count :],
+            inner,
+            self._attention.o_proj,
+            self._post_norm.weight,
+            self._post_norm.eps,
+        )
+        return x, self._router(h)
+
     def dense(self, x: Tensor) -> Tensor:
         """Return x + MLP(norm(x)), of a layer without routed experts."""
         assert self._mlp is not None

@@ -23,6 +23,7 @@ Transports import no torch, and know nothing of models: layers are numbers, rows
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -39,6 +40,7 @@ SMALL_ROWS = 4
 SMALL_SETS = 8
 LARGE_SETS = 2
 _ALIGN = 64
+_STAMPS = struct.Struct("<II")  # what there is in wire.STAMPS
 # A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for
 # what nothing else catches. Frozen and dead ducks are noticed within seconds. Ducks are told, and
 # drop what is older.
@@ -80,6 +82,7 @@ class Rows:
         start = -raw.ctypes.data % _ALIGN
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
         first = _ALIGN - wire.STAMP_BYTES
+        self._stamps = self._memory[:, first : first + _STAMPS.size]
         self.landing = tuple(row.data[first:] for row in self._memory)
         # For native code: where the first landing place is, and how far apart they are. Before each
         # there is room for a frame's header, which may then come in the same stretch.
@@ -93,10 +96,9 @@ class Rows:
         view = self._memory[:, _ALIGN:stop].view(wire.wire_array(self._shape.answer_dtype))
         return view.reshape(len(self._memory), rows, self._shape.hidden)
 
-    def stamps(self, duck: int) -> tuple[int, int]:
-        """(queue_us, compute_us) as that duck reported them."""
-        queue_us, compute_us = wire.STAMPS.unpack_from(self.landing[duck])
-        return queue_us, compute_us
+    def stamps(self) -> tuple[tuple[int, int], ...]:
+        """(queue_us, compute_us) of each duck, as it reported them."""
+        return tuple(_STAMPS.iter_unpack(self._stamps.tobytes()))
 
 
 def set_capacities(shape: wire.Shape) -> tuple[int, ...]:
@@ -300,19 +302,18 @@ class AskTable:
             WireError: it does not belong to this ask.
         """
         if ask.gather.note(duck, fragment, fragments) and ask.gather.has(duck):
-            self._noted(ask, (duck,))
+            self._came(ask, (duck,))
 
     def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
         """All of these ducks' verified answers lie in the row set, in however many fragments."""
-        for duck in ducks:
-            ask.gather.note_whole(duck)
-        self._noted(ask, ducks)
+        self._came(ask, ducks)
 
-    def _noted(self, ask: Ask, ducks: Iterable[int]) -> None:
-        now = time.perf_counter()
+    def _came(self, ask: Ask, ducks: Iterable[int]) -> None:
+        now, gather, arrived_at = time.perf_counter(), ask.gather, ask.arrived_at
         for duck in ducks:
-            ask.arrived_at[duck] = now
-        if ask.gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
+            gather.note_whole(duck)
+            arrived_at[duck] = now
+        if gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
             ask.done_at = now
             if not ask._future.done():
                 ask._future.set_result(ask.rows)

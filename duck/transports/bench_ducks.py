@@ -104,8 +104,9 @@ class _EchoShmFeed(ShmFeed):
     def _serve(self, edges: select.epoll) -> None:
         with contextlib.suppress(ValueError, OSError):  # closed: the session has ended
             while self._memory:
-                edges.poll(0.2)
-                self._look()
+                if edges.poll(0.2):
+                    self._wake_others()
+                    self._look()
 
 
 class _EchoTcp(TcpDuckPlane):

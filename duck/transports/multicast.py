@@ -52,6 +52,7 @@ from duck.transports.link import Link
 from duck.transports.listen import HostSession
 from duck.transports.receive import Arriving, Drain, OpenAsks, Waiting
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
+from duck.transports.timer import Timer
 from duck.transports.trains import (
     ETHERNET_MTU,
     TUNNEL_MTU,
@@ -191,8 +192,8 @@ class MulticastPlane:
         self._pongs: set[tuple[int, int]] = set()  # (number, duck), while sizes are tried
         self._ponged = asyncio.Event()
         self._next_ping = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._wakes_at = 0.0  # when it does; uvloop's handles do not always know
+        self._timer = Timer(self._wake)
+        self._wakes_at = math.inf  # when it does
         self.strangers = 0  # datagrams from unknown addresses
         self.malformed = 0  # datagrams that make no sense
 
@@ -416,19 +417,18 @@ class MulticastPlane:
         for ticket in self._open.ended(open_asks):
             self._close_ask(ticket)
         events, trains = nic.socket.collect(drain)
-        for event in events:
-            waiting = self._open.get(event.ticket)
+        for ticket, duck, what, _, bits in events:
+            waiting = self._open.get(ticket)
             if waiting is None:  # the last answer came twice
                 continue
-            duck, ask = event.duck, waiting.ask
-            self._half.landed(duck, event.ticket, event.bits, now)
-            if event.what == library.MESSAGE_NONE:
+            self._half.landed(duck, ticket, bits, now)
+            if what == library.MESSAGE_NONE:
                 continue
-            if event.what == library.MESSAGE_GOOD and self._opened(duck, waiting):
-                self._arrived(duck, ask)
+            if what == library.MESSAGE_GOOD and self._opened(duck, waiting):
+                self._arrived(duck, waiting.ask)
             else:
-                self._half.failed(duck, event.ticket, now)
-                waiting.missing[duck] = self._half.missing(duck, event.ticket)
+                self._half.failed(duck, ticket, now)
+                waiting.missing[duck] = self._half.missing(duck, ticket)
         return trains
 
     def _opened(self, duck: int, waiting: Waiting) -> bool:
@@ -537,22 +537,13 @@ class MulticastPlane:
     def _arm(self) -> None:
         """See to it that `_wake` is called when the half has something to say."""
         wake_at = self._half.wake_at
-        if self._closed or wake_at == math.inf:
+        if self._closed or self._wakes_at <= wake_at:
             return
-        if self._timer is not None and self._wakes_at <= wake_at:
-            return
-        # Event loops count in milliseconds: a shorter wait would turn without pause.
-        now = _clock()
-        wake_at = max(wake_at, now + 1e-3)
-        if self._timer is not None:
-            if self._wakes_at <= wake_at:
-                return
-            self._timer.cancel()
         self._wakes_at = wake_at
-        self._timer = self._loop.call_later(self._wakes_at - now, self._wake)
+        self._timer.start(wake_at - _clock())
 
     def _wake(self) -> None:
-        self._timer = None
+        self._wakes_at = math.inf
         for nic in self._nics.values():  # what lies in the socket already is not late
             self._readable(nic)
         for ticket in self._half.tickets:
@@ -586,8 +577,7 @@ class MulticastPlane:
 
     def close(self) -> None:
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.close()
         if not self._agreed.done():
             self._agreed.cancel()
         for nic in self._nics.values():

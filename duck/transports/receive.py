@@ -39,17 +39,9 @@ def is_available() -> bool:
     return library.is_loaded() and hasattr(select, "epoll")
 
 
-class Event(NamedTuple):
-    """What came of a duck's answer.
-
-    what: `library.MESSAGE_*` or `library.EVENT_*`. bits: the fragments that came.
-    """
-
-    ticket: int
-    duck: int
-    what: int
-    error: int
-    bits: int
+# What came of a duck's answer: (ticket, duck, what, error, bits). what: `library.MESSAGE_*` or
+# `library.EVENT_*`; error: of the system, when the connection ended; bits: the fragments that came.
+Event = tuple[int, int, int, int, int]
 
 
 class _Missing:
@@ -134,6 +126,8 @@ class OpenAsks:
 
     def ended(self, still_open: Mapping[int, Ask]) -> list[int]:
         """Those that are not open any more: their rows may serve others by now."""
+        if self._waiting.keys() <= still_open.keys():
+            return []
         return [ticket for ticket in self._waiting if ticket not in still_open]
 
     def __len__(self) -> int:
@@ -191,13 +185,16 @@ class Inlets:
         self._epoll.register(descriptor, select.EPOLLIN)
 
     def receive(self) -> Iterator[Event]:
-        """Receive what is there of the answers that are wanted; one event a connection at most."""
+        """Receive what is there of the answers that are wanted; one event a connection at most.
+
+        On the way of every answer, so events are made of nothing but tuples.
+        """
         asks = self._asks
         count = self._receive(
             self.descriptor, self._address, self._ducks, asks.address, len(asks),
             self._events_address, _MOST_INLETS,
         )  # fmt: skip
-        return map(Event._make, _EVENT.iter_unpack(self._events[: count * _EVENT.size]))
+        return _EVENT.iter_unpack(self._events[: count * _EVENT.size])
 
     def begun(self, duck: int) -> bytes:
         """Give up a frame that is being received: what has come of it.
@@ -278,7 +275,7 @@ class Drain:
         )  # fmt: skip
         made, left, calls, datagrams, _ = _DRAINED.unpack(self._drained)
         return Drained(
-            map(Event._make, _EVENT.iter_unpack(self._events[: made * _EVENT.size])),
+            _EVENT.iter_unpack(self._events[: made * _EVENT.size]),
             map(self._train, _TRAIN.iter_unpack(self._trains[: left * _TRAIN.size])),
             calls,
             datagrams,

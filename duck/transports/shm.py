@@ -4,9 +4,10 @@ wake-up for all ducks and one back for the host.
 The host makes the file and hands it, with two eventfds, to every duck over a unix socket that only
 their common user can reach. Each row set of the flock has a *slot* in it: a place for its ask, and
 one for every duck's answer. To ask, the host puts the message there, writes the slot's ticket and
-signals all ducks at once. A duck copies the ask, computes, puts its answer in its place and adds
-one to the slot's count; whoever makes the count full signals the host, which takes all answers in
-one native call that copies each into the row set and verifies its checksum as it does.
+signals all ducks at once, or of many some, which signal the others (`wake_groups`). A duck copies
+the ask, computes, puts its answer in its place and adds one to the slot's count; whoever makes the
+count full signals the host, which takes all answers in one native call that copies each into the
+row set and verifies its checksum as it does.
 
 Why answers are copied, and not computed into the row set itself: what a duck can write to must
 never hold what is summed. A late duck (its ask was cancelled, and the slot serves another ask) can
@@ -23,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import math
 import mmap
 import os
 import select
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from duck.transports.tls import Credentials
 
 _LINE = 64  # bytes of a cache line: what different processes write lies on different lines
+_ALL_AT_ONCE = 8  # so many ducks are woken by the host itself
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 _HELLO = b"duck"
 _OK = b"OK"
@@ -100,6 +103,20 @@ class Layout:
             at = answers + ducks * stride
         self.slots = tuple(slots)
         self.nbytes = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def wake_groups(ducks: int) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+    """The wake-up group of each duck, and the one that it wakes in turn.
+
+    Waking a process takes its waker microseconds. Up to eight ducks are all in group 0, which the
+    host wakes; of more, only about the square root of them, and each of those wakes a group.
+    """
+    first = ducks if ducks <= _ALL_AT_ONCE else math.isqrt(ducks - 1) + 1
+    groups = tuple(0 if duck < first else 1 + (duck - first) % first for duck in range(ducks))
+    wakes = tuple(
+        duck + 1 if duck < first and duck + 1 in groups else None for duck in range(ducks)
+    )
+    return groups, wakes
 
 
 def _lines(nbytes: int) -> int:
@@ -184,7 +201,9 @@ class ShmPlane:
         self._file = _memory_file(layout.nbytes)
         self._opened.callback(os.close, self._file)
         self._memory = Memory(self._file, layout)
-        self._to_ducks, self._to_host = self._eventfd(), self._eventfd()
+        self._groups, self._wakes = wake_groups(ducks)
+        self._to_ducks = [self._eventfd() for _ in set(self._groups)]
+        self._to_host = self._eventfd()
         self._loop.add_reader(self._to_host, self._woken)
         self._opened.callback(self._loop.remove_reader, self._to_host)
         # For every slot: its ask in flight, what an answer's header must be, which have been taken.
@@ -210,7 +229,11 @@ class ShmPlane:
                 async with asyncio.timeout(control.CONNECT_S):
                     await self._loop.sock_connect(link, path)
                     _check_peer(link)
-                    descriptors = [self._file, self._to_ducks, self._to_host]
+                    asks = self._to_ducks[self._groups[duck]]
+                    descriptors = [self._file, asks, self._to_host]
+                    wakes = self._wakes[duck]
+                    if wakes is not None:
+                        descriptors.append(self._to_ducks[wakes])
                     socket.send_fds(link, [_HELLO], descriptors)
                     answer = await self._loop.sock_recv(link, _TEXT_BYTES)
             except TimeoutError:
@@ -252,7 +275,7 @@ class ShmPlane:
 
     def _signal(self) -> None:
         with contextlib.suppress(BlockingIOError):  # 2^64 times and nobody looked
-            os.eventfd_write(self._to_ducks, 1)
+            os.eventfd_write(self._to_ducks[0], 1)
         self._signals += 1
 
     # answers
@@ -459,7 +482,7 @@ class ShmFeed:
         with self._opened.pop_all():  # the socket is done with, whatever comes of it
             try:
                 _check_peer(link)
-                data, descriptors, _, _ = socket.recv_fds(link, 64, 3, socket.MSG_CMSG_CLOEXEC)
+                data, descriptors, _, _ = socket.recv_fds(link, 64, 4, socket.MSG_CMSG_CLOEXEC)
                 with contextlib.ExitStack() as received:
                     for descriptor in descriptors:
                         received.callback(os.close, descriptor)
@@ -477,13 +500,15 @@ class ShmFeed:
         Raises:
             OSError, WireError: these are not what a host hands over.
         """
-        if data != _HELLO or len(descriptors) != 3:
-            raise WireError(f"{len(descriptors)} descriptors, want memory and two eventfds")
-        file, asks, answers = descriptors
+        if data != _HELLO or not 3 <= len(descriptors) <= 4:
+            raise WireError(
+                f"{len(descriptors)} descriptors, want memory and two eventfds, or three"
+            )
+        file, asks, answers, *others = descriptors
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode) or found.st_size != self._layout.nbytes:
             raise WireError(f"memory of {found.st_size} bytes, want {self._layout.nbytes}")
-        for descriptor in (asks, answers):
+        for descriptor in (asks, answers, *others):
             if os.readlink(f"/proc/self/fd/{descriptor}") != "anon_inode:[eventfd]":
                 raise WireError("a descriptor that is no eventfd")
         memory = Memory(file, self._layout)
@@ -496,6 +521,10 @@ class ShmFeed:
         self._answers = os.dup(answers)
         self._opened.callback(os.close, self._answers)
         os.set_blocking(self._answers, False)
+        self._others = [os.dup(descriptor) for descriptor in others]
+        for descriptor in self._others:
+            self._opened.callback(os.close, descriptor)
+            os.set_blocking(descriptor, False)
         edges.register(self._asks, select.EPOLLIN | select.EPOLLET)
         self._memory = memory
         self._wait_for_asks(edges)
@@ -508,12 +537,18 @@ class ShmFeed:
 
     def _woken(self, edges: select.epoll) -> None:
         edges.poll(0)
+        self._wake_others()
         try:
             self._look()
         except WireError as error:
             self._loop.remove_reader(edges.fileno())
             self._session.drop_asks()
             self._session.refuse(str(error))
+
+    def _wake_others(self) -> None:
+        for descriptor in self._others:
+            with contextlib.suppress(BlockingIOError):  # 2^64 times and nobody looked
+                os.eventfd_write(descriptor, 1)
 
     def _look(self) -> None:
         memory = self._memory

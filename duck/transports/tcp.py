@@ -140,7 +140,7 @@ class Collector:
     """
 
     def __init__(self, flock: FlockTransport, links: Mapping[int, Link]) -> None:
-        self._flock, self._links = flock, links
+        self._flock, self._links, self._asks = flock, links, flock.asks
         self._loop = asyncio.get_running_loop()
         ducks, shape = flock.plan.ducks, flock.plan.shape
         seal = TAG_BYTES if flock.keys else 0
@@ -170,44 +170,44 @@ class Collector:
         self._open.add(ask, ask.answer_bytes, 1, place, stride)
 
     def _readable(self) -> None:
-        asks = self._flock.asks
+        asks = self._asks
         for ticket in self._open.ended(asks.open_asks):
             self._forget(ticket)
-        for event in self._inlets.receive():
-            link = self._links[event.duck]
-            if event.what == library.MESSAGE_GOOD:
-                waiting = self._open.get(event.ticket)
+        for ticket, duck, what, error, _ in self._inlets.receive():
+            if what == library.MESSAGE_GOOD:
+                waiting = self._open.get(ticket)
                 assert waiting
-                try:
-                    self._open_sealed(event.duck, waiting)
-                except WireError as error:
-                    link.blame(error)
-                else:
-                    asks.arrived_whole(waiting.ask, (event.duck,))
-            elif event.what == library.MESSAGE_BAD:
-                link.blame(WireError(SPOILED))
-            elif event.what == library.MESSAGE_OTHER:
-                self._leave(event.duck, link)
-            elif event.what == library.EVENT_READABLE:
-                link.read()
-                self._inlets.turn(event.duck, link.between_frames)
-            elif event.error:
-                link.abort(f"connection lost ({os.strerror(event.error)})")
+                if not self._openers or self._opened(duck, waiting):
+                    asks.arrived_whole(waiting.ask, (duck,))
             else:
-                link.abort("connection closed")
+                self._besides(duck, what, error)
 
-    def _open_sealed(self, duck: int, waiting: receive.Waiting) -> None:
-        """Open an answer into its row, if it is sealed.
+    def _besides(self, duck: int, what: int, error: int) -> None:
+        """What came was no answer that is wanted."""
+        link = self._links[duck]
+        if what == library.MESSAGE_BAD:
+            link.blame(WireError(SPOILED))
+        elif what == library.MESSAGE_OTHER:
+            self._leave(duck, link)
+        elif what == library.EVENT_READABLE:
+            link.read()
+            self._inlets.turn(duck, link.between_frames)
+        elif error:
+            link.abort(f"connection lost ({os.strerror(error)})")
+        else:
+            link.abort("connection closed")
 
-        Raises:
-            WireError: it is not authentic.
-        """
-        if not self._openers:
-            return
+    def _opened(self, duck: int, waiting: receive.Waiting) -> bool:
+        """Open a sealed answer into its row; else the connection ends."""
         sealed = self._arriving.of(waiting.ask.ticket, duck)
         stop = wire.HEADER_BYTES + waiting.ask.answer_bytes
         head, body = sealed[: wire.HEADER_BYTES], sealed[wire.HEADER_BYTES : stop + TAG_BYTES]
-        self._openers[duck].open_into(head, body, waiting.ask.rows.landing[duck])
+        try:
+            self._openers[duck].open_into(head, body, waiting.ask.rows.landing[duck])
+        except WireError as error:
+            self._links[duck].blame(error)
+            return False
+        return True
 
     def _leave(self, duck: int, link: Link) -> None:
         """What has begun to come is the connection's own business."""

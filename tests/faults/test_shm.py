@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import math
 import os
 import socket
 import stat
@@ -28,7 +29,7 @@ from duck.transports.base import Ask
 from duck.transports.listen import ListeningDuck
 from duck.transports.shm import Layout, ShmTransport, Slot
 from tests.faults.peers import Peer, ScriptedDuck, hello
-from tests.flocks import WAIT_S, FakeDuck, listening, plan_for
+from tests.flocks import WAIT_S, FakeDuck, fake_flock, listening, plan_for
 
 PLAN = plan_for(1)
 
@@ -600,3 +601,33 @@ async def test_a_duck_that_refuses_the_memory(folders: Path) -> None:
         with pytest.raises(WireError, match="did not take the shared memory: not   today"):
             await transport.start(PLAN)
     os.unlink(path)
+
+
+@pytest.mark.parametrize("ducks", [1, 2, 8, 9, 10, 16, 17, 32, 64])
+def test_every_duck_is_woken_once(ducks: int) -> None:
+    """By the host, or by one duck that the host wakes."""
+    groups, wakes = shm.wake_groups(ducks)
+    assert len(groups) == len(wakes) == ducks
+    woken = [duck for duck in range(ducks) if groups[duck] == 0]
+    assert len(woken) <= max(8, math.isqrt(ducks - 1) + 1)
+    assert all(wakes[duck] is None for duck in range(ducks) if groups[duck])
+    by_others = [wakes[duck] for duck in woken if wakes[duck] is not None]
+    assert sorted(by_others) == sorted(set(groups) - {0})  # type: ignore[type-var]
+    sizes = [groups.count(group) for group in set(groups)]
+    assert max(sizes) <= 8
+
+
+async def test_more_ducks_than_the_host_wakes_itself() -> None:
+    """Twelve: four are woken by the host, eight by those; asks and cancels reach all."""
+    async with fake_flock("shm", ducks=12) as flock:
+        for layer in range(3):
+            ask, want = await flock.ask(layer, 2)
+            np.testing.assert_array_equal((await ask).partials(2), want)
+            ask.release()
+        free = flock.free
+        ask, _ = await flock.ask(3, 1)
+        ask.cancel()
+        ask, want = await flock.ask(4, 1)
+        np.testing.assert_array_equal((await ask).partials(1), want)
+        ask.release()
+        assert flock.free == free

@@ -75,6 +75,8 @@ def dense() -> Iterator[Any]:
         yield linear_triton.swiglu_f32(x, [fp8(4096, 7168)], fp8(7168, 2048))
         yield norm_triton.rms_norm(x, torch.empty(7168), 1e-6)
         yield norm_triton.add_norm(x, torch.empty(rows, 7168), torch.empty(7168), 1e-6)
+        projected = bf16(rows, 16384), fp8(7168, 16384)
+        yield norm_triton.project_add_norm(x, *projected, torch.empty(7168), 1e-6)
         yield norm_triton.rotate_at(bf16(rows, 128, 192)[..., 128:], *turns, position)
         for held in (bf16(4096, 576), torch.empty(4096, 656, dtype=torch.uint8)):
             latent = bf16(rows, 576), torch.empty(512), 1e-6

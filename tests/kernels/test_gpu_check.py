@@ -56,7 +56,8 @@ def test_every_check_holds_on_tiny_shapes(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     names = " ".join(check["name"] for check in result["checks"])
     for what in (
-        "fp8 linear kv_a", "shared expert", "norm", "rotation", "append latents fp8", "router",
+        "fp8 linear q_a, kv_a", "shared expert", "norm", "projection, residual and norm",
+        "rotation", "append latents fp8", "router",
         "sum of ducks", "attention dense bf16, 2 rows at 20", "attention to 12 of 40, fp8",
         "attention with nan", "index keys, fp8", "index queries, exact", "index scores of 40, fp8",
         "selection of 12 of 40, exact", "among ties", "a layer, 2 rows",

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 IDS = torch.randint(288, (24,), generator=torch.Generator().manual_seed(2)).tolist()
 SHAPES: dict[str, dict[str, Any]] = {
     "ragged blocks": {},
-    "stacked": {"intermediate_size": 256, "moe_intermediate_size": 128},
+    "stacked": {"intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128},
     "small blocks": {"block": (48, 32)},
     "powers of two": {"scale_dtype": "F8_E8M0"},
 }
@@ -69,6 +69,22 @@ def test_all_kernels_with_the_fp8_cache_in_bf16(tmp_path: Path) -> None:
     got = LocalModel(folder, kernels="triton", **options).logits(IDS[:10])
     assert (got.argmax(-1) == want.argmax(-1)).float().mean() >= 0.8
     assert (got - want).abs().mean() < 0.1
+
+
+@torch.inference_mode()
+def test_attending_and_routing_at_once_is_the_same(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, seed=4, tokenizer=False, **SMALL)
+    for kernels in ("reference", "triton"):
+        model = LocalModel(folder, kernels=kernels, fp8_kept=True).model
+        layer, x = model.layers[1], model.embed(IDS[:3])
+        first, second = model.new_cache(3), model.new_cache(3)
+        attended = layer.attend(x, first, 0, last=2)
+        want = layer.route(attended)
+        at_once, got = layer.attend_and_route(x, second, 0, last=2)
+        assert_near(at_once, attended, rtol=1e-6, atol=1e-6)
+        assert_near(got.h, want.h, rtol=1e-5, atol=1e-6)
+        assert torch.equal(got.ids, want.ids)
+        assert torch.equal(first.latents.read(1, 3), second.latents.read(1, 3))
 
 
 def test_what_is_planned_is_what_is_kept(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from duck.kernels import norm_triton as kernels
+from duck.kernels.matrix import Fp8Matrix
 from duck.kernels.reference import device as reference
+from duck.kernels.reference import linear
 from duck.model.cache import Fp8Rows
 from tests.kernels.comparing import assert_near, assert_same
 
@@ -36,6 +38,22 @@ def test_norms_equal_the_reference(width: int, dtype: torch.dtype) -> None:
     want_total, want_normed = reference.add_norm(x, change, weight, EPS)
     assert_same(total, want_total)
     assert_near(normed, want_normed, **near)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [300, 1700, 6000])  # 1, several and many splits of the product
+def test_a_projection_its_residual_and_norm(inner: int, dtype: torch.dtype) -> None:
+    codes = (20 * normal(40, inner)).to(torch.float8_e4m3fn)
+    weight = Fp8Matrix(codes, normal(1, -(-inner // 128), seed=7).abs() / inner, (128, 128))
+    x, y, norm = normal(2, 40).to(dtype), normal(2, inner, seed=2).to(dtype), normal(40, seed=3)
+    got = kernels.project_add_norm(x, y, weight, norm, EPS)
+    want = linear.project_add_norm(x, y, weight, norm, EPS)
+    for mine, its in zip(got, want, strict=True):
+        assert_near(mine, its, rtol=1e-5 + (dtype == torch.bfloat16) * 8e-3, atol=1e-5)
+    plain = weight.dequantised(dtype)
+    got = kernels.project_add_norm(x, y, plain, norm, EPS)
+    for mine, its in zip(got, linear.project_add_norm(x, y, plain, norm, EPS), strict=True):
+        assert_near(mine, its, rtol=NEAR[dtype], atol=1e-5)
 
 
 def test_norms_of_parts_of_wider_rows_and_of_none() -> None:

@@ -121,7 +121,7 @@ def test_answers_in_the_order_of_the_asks(sizes: list[int], cuts: list[int]) -> 
                     good += inlets.receive()
                     if inlets.calls(duck) == calls:
                         break
-        assert {(e.ticket, e.duck, e.what) for e in good} == {
+        assert {event[:3] for event in good} == {
             (ticket, duck, library.MESSAGE_GOOD) for ticket in places for duck in range(DUCKS)
         }
         assert len(good) == len(places) * DUCKS
@@ -151,15 +151,15 @@ def test_any_bytes_on_a_connection(data: bytes, cuts: list[int], almost: bool, f
         for piece in pieces(data, cuts):
             wires.theirs[1].sendall(piece)
             for _ in range(len(piece) // 132 + 1):
-                for event in inlets.receive():
-                    assert event.duck == 1
-                    if event.what == library.MESSAGE_OTHER:
+                for _, duck, what, *_ in inlets.receive():
+                    assert duck == 1
+                    if what == library.MESSAGE_OTHER:
                         got += inlets.begun(1)
-                    elif event.what == library.EVENT_READABLE:
+                    elif what == library.EVENT_READABLE:
                         got += wires.ours[1].recv(1000)
                     else:
                         assert almost
-                        assert event.what == library.MESSAGE_BAD
+                        assert what == library.MESSAGE_BAD
                         assert at // 8 >= 28  # the header is compared
                         return
         assert data.startswith(got)
@@ -188,10 +188,10 @@ def test_an_ask_that_ended_in_the_middle_of_an_answer() -> None:
         asks.remove(1)
         before = first.memory.copy()
         wires.theirs[0].sendall(whole[90:] + frame(2, 0, answer(2, 0, 50)))
-        assert [event.what for event in inlets.receive()] == [library.EVENT_READABLE]
+        assert [what for _, _, what, *_ in inlets.receive()] == [library.EVENT_READABLE]
         assert wires.ours[0].recv(42) == whole[90:]
         inlets.turn(0, on=True)
-        assert list(inlets.receive()) == [Event(2, 0, library.MESSAGE_GOOD, 0, 1)]
+        assert list(inlets.receive()) == [(2, 0, library.MESSAGE_GOOD, 0, 1)]
         assert (first.memory == before).all()
         assert second.body(0) == answer(2, 0, 50)
     finally:
@@ -206,7 +206,7 @@ def test_a_connection_that_ends() -> None:
     try:
         places = expect(asks, 1, 100)
         wires.theirs[2].close()
-        assert list(inlets.receive()) == [Event(1, 2, library.EVENT_ENDED, 0, 1)]
+        assert list(inlets.receive()) == [(1, 2, library.EVENT_ENDED, 0, 1)]
         assert places.untouched(2, 0)
     finally:
         wires.close()
@@ -275,10 +275,10 @@ def test_datagrams_in_any_order(nbytes: int, random: Any, copies: int) -> None:
             left += more[1]
         assert sorted(left) == sorted(datagram for _, datagram in again)
         for duck in range(DUCKS):
-            own = [event for event in events if event.duck == duck]
-            assert [event.what for event in own[:-1]] == [library.MESSAGE_NONE] * (len(own) - 1)
-            assert own[-1].what == library.MESSAGE_GOOD
-            assert sum(event.bits for event in own) == (1 << pond.cut.fragments(nbytes)) - 1
+            own = [event for event in events if event[1] == duck]
+            assert [what for _, _, what, *_ in own[:-1]] == [library.MESSAGE_NONE] * (len(own) - 1)
+            assert own[-1][2] == library.MESSAGE_GOOD
+            assert sum(bits for *_, bits in own) == (1 << pond.cut.fragments(nbytes)) - 1
             assert places.body(duck) == answer(5, duck, nbytes)
             assert places.untouched(duck, 0)
     finally:
@@ -306,7 +306,7 @@ def test_any_datagrams(data: bytes, number: int, way: str) -> None:
         pond.send(sender, data)
         events, left = pond.receive()
         if taken:
-            assert [event.what for event in events] == [library.MESSAGE_NONE]
+            assert [what for _, _, what, *_ in events] == [library.MESSAGE_NONE]
             assert not left
         else:
             assert not events
@@ -329,7 +329,7 @@ def test_a_changed_answer_is_bad_and_may_come_again(flip: int) -> None:
         for datagram in (right[0], bytes(changed), right[2]):
             pond.send(1, datagram)
         events, left = pond.receive()
-        assert [event.what for event in events][-1] == library.MESSAGE_BAD
+        assert [what for _, _, what, *_ in events][-1] == library.MESSAGE_BAD
         assert not left
         waiting = pond.asks.get(5)
         assert waiting
@@ -337,7 +337,7 @@ def test_a_changed_answer_is_bad_and_may_come_again(flip: int) -> None:
         for datagram in right:
             pond.send(1, datagram)
         events, _ = pond.receive()
-        assert [event.what for event in events][-1] == library.MESSAGE_GOOD
+        assert [what for _, _, what, *_ in events][-1] == library.MESSAGE_GOOD
         assert places.body(1) == answer(5, 1, 100)
     finally:
         pond.close()

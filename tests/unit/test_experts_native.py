@@ -453,6 +453,24 @@ def test_crc32c() -> None:
         assert library.crc32c(data[cut:], library.crc32c(data[:cut])) == library.crc32c(data)
 
 
+def test_crc32c_of_any_length_at_any_place() -> None:
+    """Short ones by instruction or table, long ones by folding: the remainder of a division."""
+
+    def remainder(data: bytes, crc: int) -> int:
+        crc ^= 0xFFFFFFFF
+        for byte in data:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        return crc ^ 0xFFFFFFFF
+
+    data = np.random.default_rng(1).bytes(5000)
+    for size in (3, 127, 128, 129, 511, 512, 513, 639, 640, 641, 3072, 4000, 4999):
+        for start, before in ((0, 0), (1, 0xDEADBEEF)):
+            part = data[start : start + size]
+            assert library.crc32c(part, before) == remainder(part, before), (size, start)
+
+
 def test_bf16_rows() -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)

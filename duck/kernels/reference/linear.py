@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from duck.kernels.matrix import Fp8Matrix, Matrix
+from duck.kernels.reference.device import add_norm
 
 _AT_ONCE = 1 << 22
 """Numbers of an fp8 matrix written out at once (16 MiB of float32)."""
@@ -47,6 +48,13 @@ def _linear_fp8(x: Tensor, weight: Fp8Matrix) -> Tensor:
         stop = min(start + step, rows)
         out[:, start:stop] = F.linear(wide, weight.rows(start, stop).dequantised())
     return out
+
+
+def project_add_norm(
+    x: Tensor, inner: Tensor, weight: Matrix, norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_norm` of x (T, out) and inner @ weight.T. inner: (T, in); norm: (out,) float32."""
+    return add_norm(x, linear_f32(inner, weight), norm, eps)
 
 
 def swiglu_f32(x: Tensor, gate_up: Sequence[Matrix], down: Matrix) -> Tensor:
