@@ -224,16 +224,16 @@ class Slot:
 
     def _attend(self, layer: SteadyLayer, cache: KVCache, position: int) -> None:
         ends = _ends(self.x)
-        place: Any = {"last": self.last, "at": self.position}
+        last, at = self.last, self.position
         if layer.is_moe:
-            x, routed = layer.attend_and_route(self.x, cache, position, **place)
+            x, routed = layer.attend_and_route(self.x, cache, position, last=last, at=at)
             if self._out is None:
                 self._make(routed)
             for buffer, part in zip(self.parts, (*_fields(routed), ends), strict=True):
                 buffer.copy_(part)
         else:
-            x = layer.dense(layer.attend(self.x, cache, position, **place))
-        self.x[: self.last].copy_(x)
+            x = layer.dense(layer.attend(self.x, cache, position, last=last, at=at))
+        self.x[:last].copy_(x)
 
     def _make(self, routed: Routed) -> None:
         """Room for what goes to the host, in one piece: one copy brings it there."""

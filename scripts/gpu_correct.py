@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from gpu_parts import Layer, Random, Shape, numbers
+from gpu_whole import whole_check
 from torch import Tensor
 
 from duck.kernels import indexer_triton
@@ -47,6 +48,7 @@ def checks(shape: Shape, device: torch.device, kernels: Kernels) -> Iterator[tup
     yield from attention_checks(shape, device, kernels)
     yield from indexer_checks(shape, device, kernels)
     yield "a layer, 2 rows", lambda: layer_check(shape, device, kernels)
+    yield "a small model by graphs, and without", lambda: whole_check(shape, device, kernels)
 
 
 def linear_checks(

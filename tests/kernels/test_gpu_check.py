@@ -61,6 +61,7 @@ def test_every_check_holds_on_tiny_shapes(tmp_path: Path) -> None:
         "sum of ducks", "attention dense bf16, 2 rows at 20", "attention to 12 of 40, fp8",
         "attention with nan", "index keys, fp8", "index queries, exact", "index scores of 40, fp8",
         "selection of 12 of 40, exact", "among ties", "a layer, 2 rows",
+        "a small model by graphs",
     ):  # fmt: skip
         assert what in names
     assert all(check["ok"] for check in result["checks"])

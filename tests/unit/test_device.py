@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import torch
 
-from duck.device import OVERTAKEN, SWITCH_S, Device, Later, Stage, now, switching_fast
+from duck.device import AHEAD, OVERTAKEN, SWITCH_S, Device, Later, Stage, now, switching_fast
 from duck.errors import ConfigError, DuckError
 
 
@@ -139,3 +140,115 @@ def test_threads_take_turns_quickly_only_while_an_engine_is_open() -> None:
     with switching_fast():
         assert sys.getswitchinterval() == pytest.approx(min(before, SWITCH_S))
     assert sys.getswitchinterval() == before
+
+
+class Gpu:
+    """What is launched on it is done when it is told so, in the order it was launched."""
+
+    def __init__(self) -> None:
+        self.marks: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
+        self.error: Exception | None = None
+
+    def mark(self) -> Callable[[], None]:
+        event = threading.Event()
+        self.marks.put(event)
+
+        def reached() -> None:
+            assert event.wait(20)
+            if self.error is not None:
+                raise self.error
+
+        return reached
+
+    async def launched(self) -> threading.Event:
+        """Wait for the next piece of work to be launched."""
+        return await asyncio.to_thread(self.marks.get, timeout=20)
+
+
+@pytest.fixture
+async def gpu() -> AsyncIterator[Gpu]:
+    return Gpu()
+
+
+async def test_launched_is_not_done(gpu: Gpu) -> None:
+    device, done = Device("cpu", "auto", gpu.mark), []
+    both = [
+        asyncio.create_task(
+            device.run(Stage("attend", 1), lambda n=n: Later(lambda: done.append(n)))
+        )
+        for n in range(2)
+    ]
+    first, second = await gpu.launched(), await gpu.launched()  # one runs, the other follows it
+    assert done == []
+    first.set()
+    one = await both[0]
+    assert done == [0]
+    second.set()
+    two = await both[1]
+    assert done == [0, 1]
+    assert one.begun <= one.ended <= two.begun <= two.ended  # though it was launched earlier
+    device.close()
+
+
+async def test_no_further_ahead_than_can_be_overtaken(gpu: Gpu) -> None:
+    device, begun = Device("cpu", "auto", gpu.mark), []
+    names = ["attend", "attend", "head", "attend"]
+    tasks = [
+        asyncio.create_task(
+            device.run(Stage(name, 1), lambda n=n, name=name: now(begun.append((name, n))))
+        )
+        for n, name in enumerate(names)
+    ]
+    running, following = await gpu.launched(), await gpu.launched()
+    assert AHEAD == 2
+    assert gpu.marks.empty()
+    running.set()
+    await tasks[0]
+    third = await gpu.launched()  # what was urgent by then
+    assert begun == [("attend", 0), ("attend", 1), ("attend", 3)]
+    following.set()
+    third.set()
+    (await gpu.launched()).set()
+    await asyncio.gather(*tasks)
+    assert begun[-1] == ("head", 2)
+    device.close()
+
+
+async def test_what_fails_while_it_runs_reaches_who_waits(gpu: Gpu) -> None:
+    device = Device("cpu", "auto", gpu.mark)
+    gpu.error = RuntimeError("an illegal address")
+    task = asyncio.create_task(device.run(Stage("attend", 1), lambda: now(1)))
+    (await gpu.launched()).set()
+    with pytest.raises(RuntimeError, match="an illegal address"):
+        await task
+    gpu.error = None
+
+    def fail() -> Later[None]:
+        raise ConfigError("no")
+
+    for _ in range(2 * AHEAD):  # it gives its place back
+        with pytest.raises(ConfigError, match="no"):
+            await device.run(Stage("attend", 1), fail)
+        task = asyncio.create_task(device.run(Stage("attend", 1), lambda: now(7)))
+        (await gpu.launched()).set()
+        assert (await task).result == 7
+    device.close()
+
+
+async def test_closing_waits_for_what_is_launched(gpu: Gpu) -> None:
+    """Its memory goes next."""
+    device = Device("cpu", "auto", gpu.mark)
+    tasks = [
+        asyncio.create_task(device.run(Stage("attend", 1), lambda: now(None))) for _ in range(3)
+    ]
+    events = [await gpu.launched(), await gpu.launched()]
+    closing = asyncio.create_task(asyncio.to_thread(device.close))
+    await asyncio.sleep(0)
+    assert not closing.done()
+    for event in events:
+        event.set()
+    while not closing.done():
+        await asyncio.sleep(0)
+        while not gpu.marks.empty():
+            gpu.marks.get().set()
+    await asyncio.gather(*tasks, return_exceptions=True)
