@@ -68,6 +68,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_f32_from_bf16": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_rows_sum": (c_int, [c_void_p, c_size_t, c_int, c_size_t, c_int, c_void_p]),
     "duck_inlets_receive": (c_int, [c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int]),
+    "duck_inlets_send": (c_int, [c_void_p, c_int, c_void_p, c_size_t, c_void_p]),
     "duck_datagrams_receive": (
         None,
         [

@@ -235,7 +235,13 @@ class Link(asyncio.BufferedProtocol):
 
     # data
 
-    def write(self, data: bytes | bytearray) -> None:
+    @property
+    def is_clear(self) -> bool:
+        """It is open, and nothing waits to be sent."""
+        transport = self.transport
+        return not transport.is_closing() and not transport.get_write_buffer_size()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes, in this very call if the system takes them."""
         transport = self.transport
         if transport.is_closing():

@@ -1,4 +1,4 @@
-"""Answers out of sockets into rows, by one native call a wake-up.
+"""Asks into sockets and answers out of them into rows, by one native call an ask and a wake-up.
 
 The rounds of a step are so short, and the ducks so many, that Python must not touch every packet:
 `OpenAsks` says what the answers to the asks in flight look like and where they go, and `Inlets` (of
@@ -178,6 +178,8 @@ class Inlets:
         self._events = memoryview(bytearray(_EVENT.size * _MOST_INLETS))
         self._events_address = library.address_of(self._events)
         self._receive = library.swift().duck_inlets_receive
+        self._sent = memoryview(bytearray(8 * ducks)).cast("q")
+        self._sent_address = library.address_of(self._sent)
 
     def add(self, duck: int, descriptor: int) -> None:
         """This connection is the duck's, and between two frames."""
@@ -195,6 +197,18 @@ class Inlets:
             self._events_address, _MOST_INLETS,
         )  # fmt: skip
         return _EVENT.iter_unpack(self._events[: count * _EVENT.size])
+
+    def send(self, data: bytes | bytearray) -> memoryview | None:
+        """Send the same by all connections; how much the system took of each, None: all of all.
+
+        All of them are open, and nothing waits to be sent by them.
+        """
+        size = len(data)
+        native = library.swift() if size <= library.SWIFT_BYTES else library.native()
+        whole = native.duck_inlets_send(
+            self._address, self._ducks, library.address_of(data), size, self._sent_address
+        )
+        return None if whole == self._ducks else self._sent
 
     def begun(self, duck: int) -> bytes:
         """Give up a frame that is being received: what has come of it.

@@ -107,9 +107,12 @@ class TcpPlane:
         return b"".join(data_frames(kind, session, ticket, layer, wire.HOST, body, self.checksum))
 
     def _write(self, data: bytes | bytearray, links: Collection[Link]) -> None:
+        self._sends += len(links)
+        if self._collector and len(links) == len(self._links) == self._flock.plan.ducks:
+            self._collector.send(data)
+            return
         for link in links:
             link.write(data)
-        self._sends += len(links)
 
     def tick(self) -> None:
         """Nothing is due: TCP sends again by itself."""
@@ -168,6 +171,21 @@ class Collector:
             place = self._arriving.take(ask.ticket) + wire.HEADER_BYTES
             stride = self._arriving.stride
         self._open.add(ask, ask.answer_bytes, 1, place, stride)
+
+    def send(self, data: bytes | bytearray) -> None:
+        """Send the same to all ducks."""
+        for link in self._links.values():
+            if not link.is_clear:
+                break
+        else:
+            sent = self._inlets.send(data)
+            if sent is not None:
+                for duck, link in self._links.items():
+                    if sent[duck] < len(data):
+                        link.write(memoryview(data)[sent[duck] :])
+            return
+        for link in self._links.values():
+            link.write(data)
 
     def _readable(self) -> None:
         asks = self._asks

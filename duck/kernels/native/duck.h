@@ -169,6 +169,11 @@ struct duck_inlet {
 DUCK_API int duck_inlets_receive(int epoll, duck_inlet* inlets, int ducks,
                                  const duck_waiting* asks, int count, duck_event* events, int most);
 
+// Sends the same bytes by all of these connections; sent[i]: how many the system took of connection
+// i, 0 too when it refused. Returns how many connections took all.
+DUCK_API int duck_inlets_send(const duck_inlet* inlets, int ducks, const void* data,
+                              std::size_t bytes, std::int64_t* sent);
+
 // What a datagram socket brought that is for the caller: a train of datagrams, `size` bytes long but
 // the last, at `offset` in the buffer.
 struct duck_train {

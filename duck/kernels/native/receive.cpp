@@ -1,4 +1,5 @@
-// Answers out of sockets into rows: what Python would do for every packet, in one call a wake-up.
+// Asks into sockets, and answers out of them into rows: what Python would do for every packet, in
+// one call an ask and one a wake-up.
 //
 // A header decides nothing here but whether it is exactly the one that an open ask wants. Then its
 // body goes to the place that the ask has for this duck, and nowhere else; whatever differs in a bit
@@ -149,6 +150,17 @@ int duck_inlets_receive(int epoll, duck_inlet* inlets, int ducks, const duck_wai
   return made;
 }
 
+int duck_inlets_send(const duck_inlet* inlets, int ducks, const void* data, std::size_t bytes,
+                     std::int64_t* sent) {
+  int whole = 0;
+  for (int duck = 0; duck < ducks; ++duck) {
+    const ssize_t took = send(inlets[duck].socket, data, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+    sent[duck] = took < 0 ? 0 : took;
+    whole += sent[duck] == static_cast<std::int64_t>(bytes);
+  }
+  return whole;
+}
+
 void duck_datagrams_receive(int socket, void* buffer, std::size_t room, std::size_t payload,
                             const duck_waiting* asks, int count, const std::uint64_t* senders,
                             int ducks, duck_event* events, int most_events, duck_train* trains,
@@ -233,6 +245,11 @@ void duck_datagrams_receive(int socket, void* buffer, std::size_t room, std::siz
 #else  // the asyncio way serves elsewhere
 
 int duck_inlets_receive(int, duck_inlet*, int, const duck_waiting*, int, duck_event*, int) {
+  return 0;
+}
+
+int duck_inlets_send(const duck_inlet*, int ducks, const void*, std::size_t, std::int64_t* sent) {
+  for (int duck = 0; duck < ducks; ++duck) sent[duck] = 0;
   return 0;
 }
 
