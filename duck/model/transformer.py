@@ -200,7 +200,9 @@ class Transformer:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(T, hidden). Tokens are below vocab_size: the caller has checked them."""
-        return self._embedding[torch.tensor(tokens, device=self.device)]
+        # From pinned memory a GPU fetches them itself; else the host would wait for it to be idle.
+        ids = torch.tensor(tokens, pin_memory=self.device.type == "cuda")
+        return self._embedding[ids.to(self.device, non_blocking=True)]
 
     def final(self, x: Tensor) -> Tensor:
         """model.norm: the hidden that the head and the MTP module take."""

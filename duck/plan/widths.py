@@ -23,6 +23,7 @@ from duck import memory, wire
 from duck.device import Device, limit_threads, switching_fast
 from duck.emulate import EmulatedDevice
 from duck.flock import Flock
+from duck.kernels.device import REFERENCE
 from duck.meter import Meter
 from duck.model.cache import KVCache
 from duck.model.config import ModelConfig, Rope, Yarn
@@ -348,6 +349,7 @@ class RandomLoader(Loader):
 
     def __init__(self, config: ModelConfig, *, virtual: bool) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.kernels, self._fp8_kept = REFERENCE, False
         self.tally = Tally()
         self._shapes, self._virtual = shapes_without_experts(config), virtual
         self._made: dict[str, Tensor] = {}
