@@ -88,12 +88,12 @@ def pairwise(*factors: Iterable[str]) -> list[tuple[str, ...]]:
     return chosen
 
 
-FACTORS = (SCHEDULES, DRAFTS, TRANSPORTS, ("1", "2", "3", "4"))
+FACTORS = (SCHEDULES, DRAFTS, TRANSPORTS, ("1", "2", "3", "4"), ("off", "on"))
 SUBSET = pairwise(*FACTORS)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "draft", "transport", "sessions"),
+    ("schedule", "draft", "transport", "sessions", "graphs"),
     [
         pytest.param(*row, marks=() if row in SUBSET else pytest.mark.full)
         for row in itertools.product(*FACTORS)
@@ -107,8 +107,9 @@ async def test_the_same_tokens(
     draft: str,
     transport: str,
     sessions: str,
+    graphs: str,
 ) -> None:
-    options = {"schedule": schedule, "draft": draft, "transport": transport}
+    options = {"schedule": schedule, "draft": draft, "transport": transport, "graphs": graphs}
     if transport != "loopback":
         options["ducks"] = ducks
     async with Engine.open(folder, **options) as engine:
