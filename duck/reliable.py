@@ -155,14 +155,17 @@ class Patience:
 
     As RFC 6298: smoothed time + 4 times its smoothed variation, from `FLOOR_S` to `CAP_S`. The
     variation counts up to eight times as much after waits that proved impatient.
+
+    wait_s: that. soon_s: with half the variation, where asking in vain costs a packet or two: those
+    who wait for what was lost twice decide what the slowest rounds take.
     """
 
-    __slots__ = ("_smoothed", "_stretch", "_variation", "wait_s")
+    __slots__ = ("_smoothed", "_stretch", "_variation", "soon_s", "wait_s")
 
     def __init__(self) -> None:
         self._smoothed = self._variation = 0.0
         self._stretch = 1.0
-        self.wait_s = CAP_S
+        self.wait_s = self.soon_s = CAP_S
 
     def sample(self, took_s: float) -> None:
         """It took so long, and was not asked twice (Karn)."""
@@ -173,13 +176,15 @@ class Patience:
             self._smoothed += (took_s - self._smoothed) / 8
         if self._stretch > 1:
             self._stretch = max(1.0, self._stretch * 0.998)
-        wait_s = self._smoothed + 4 * self._variation * self._stretch
-        self.wait_s = min(max(wait_s, FLOOR_S), CAP_S)
+        varies_s = self._variation * self._stretch
+        self.wait_s = min(max(self._smoothed + 4 * varies_s, FLOOR_S), CAP_S)
+        self.soon_s = min(max(self._smoothed + 2 * varies_s, FLOOR_S), CAP_S)
 
     def impatient(self) -> None:
         """It was asked again and need not have been."""
         self._stretch = min(self._stretch * 2, 8.0)
         self.wait_s = min(self.wait_s * 2, CAP_S)
+        self.soon_s = min(self.soon_s * 2, CAP_S)
 
 
 # --- the host's half
@@ -402,7 +407,7 @@ class HostHalf:
         last = 1 << owed.ask_fragments - 1
         self.missed[duck] = self.missed[duck] + 1 if wanted | last == full else 0
         owed.probed |= 1 << duck
-        self._wait(owed, duck, self._answers[duck].wait_s, now)
+        self._wait(owed, duck, self._answers[duck].soon_s, now)
         self._wanted.setdefault(header.ticket, {})[duck] = wanted
 
     def settle(self, now: float) -> list[Send]:
@@ -458,7 +463,7 @@ class HostHalf:
             asked = owed.nacked | owed.probed
             for duck, bits in enumerate(owed.missing):
                 if bits == owed.full and not asked >> duck & 1:
-                    gap_due = owed.last_at + self._gaps[duck].wait_s
+                    gap_due = owed.last_at + self._gaps[duck].soon_s
                     owed.due[duck] = min(owed.sent_at + owed.wait[duck], gap_due)
         late = [duck for duck, bits in enumerate(owed.missing) if bits and owed.due[duck] <= now]
         silent: list[int] = []
@@ -491,7 +496,7 @@ class HostHalf:
         owed.nacked |= 1 << duck
         owed.tries[duck] += 1
         owed.asked_at[duck] = now
-        wait_s = self._echoes[duck].wait_s if first else min(2 * owed.wait[duck], CAP_S)
+        wait_s = self._echoes[duck].soon_s if first else min(2 * owed.wait[duck], CAP_S)
         self._wait(owed, duck, wait_s, now)
         return Send(wire.Kind.NACK, duck, owed.ticket, owed.missing[duck])
 

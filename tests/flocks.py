@@ -20,6 +20,7 @@ import numpy as np
 from duck import wire
 from duck.config import Network
 from duck.errors import DuckLost
+from duck.kernels import library
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import Ask, Transport
@@ -270,6 +271,7 @@ class FakeFlock:
 @contextlib.asynccontextmanager
 async def fake_flock(kind: str, ducks: int = 3, **plan: Any) -> AsyncIterator[FakeFlock]:
     """A flock of fake ducks behind one kind of transport."""
+    library.native()  # with it answers are received natively, where there are sockets
     handlers = [FakeDuck(number) for number in range(ducks)]
     agreed = plan_for(ducks, **plan)
     try:

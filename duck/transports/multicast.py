@@ -51,6 +51,7 @@ from duck.transports.datagrams import (
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
 from duck.transports.receive import Arriving, Drain, OpenAsks, Waiting
+from duck.transports.sealed import message_front
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
 from duck.transports.timer import Timer
 from duck.transports.trains import (
@@ -375,7 +376,9 @@ class MulticastPlane:
             place, stride = ask.rows.address, ask.rows.stride
             if self._sealer:
                 place, stride = self._arriving.take(ask.ticket), self._arriving.stride
-            self._open.add(ask, answer, cut.fragments(answer), place, stride)
+            waiting = self._open.add(ask, answer, cut.fragments(answer), place, stride)
+            if waiting and self._sealer:
+                waiting.sealed = self._arriving.pairs(ask, 0, answer)
         self._arm()
 
     def cancel(self, ask: Ask) -> None:
@@ -435,10 +438,12 @@ class MulticastPlane:
         """Open a sealed answer that is whole into its row; True when it is not sealed."""
         if self._sealer is None:
             return True
-        header = wire.unpack_header(waiting.front_of(duck) + bytes(4))
-        message = self._arriving.of(header.ticket, duck)[: header.message_bytes]
-        row = waiting.ask.rows.landing[duck]
-        return verified(self._openers[duck], header, message, row, self._tcp.checksum)
+        front = waiting.front_of(duck)
+        try:
+            self._openers[duck].open_answer(message_front(front), *waiting.sealed[duck])
+        except WireError:
+            return False
+        return True
 
     def _received(self, duck: int, train: memoryview, size: int, now: float) -> None:
         for run, data in runs(train, size):

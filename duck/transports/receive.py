@@ -63,6 +63,8 @@ class Waiting:
     def __init__(self, ask: Ask, front: bytes, missing: _Missing, packed: bytes) -> None:
         self.ask, self.packed, self.kept = ask, packed, missing
         self._front = front
+        # With a key: of every duck, where its sealed answer arrives and where it is opened to.
+        self.sealed: list[tuple[memoryview, memoryview]] = []
 
     @property
     def missing(self) -> memoryview:
@@ -93,15 +95,17 @@ class OpenAsks:
         self._table = bytearray(_WAITING.size * _MOST_ASKS)
         self.address = library.address_of(self._table)
 
-    def add(self, ask: Ask, message_bytes: int, fragments: int, place: int, stride: int) -> None:
-        """An ask is sent; when there are too many its answers go the long way.
+    def add(
+        self, ask: Ask, message_bytes: int, fragments: int, place: int, stride: int
+    ) -> Waiting | None:
+        """An ask is sent; None when there are too many: its answers go the long way.
 
         message_bytes: of each answer, as its header says. place: the address of duck 0's, the
         others' are a stride apart.
         """
         full = len(self._waiting) >= _MOST_ASKS
         if full or fragments > MOST_FRAGMENTS or ask.ticket in self._waiting:
-            return
+            return None
         front = wire.HEADER.pack(
             wire.MAGIC, wire.VERSION, wire.Kind.ANSWER, self._session, ask.ticket, ask.layer, 0,
             0, fragments, message_bytes, 0, 0,
@@ -111,7 +115,8 @@ class OpenAsks:
         packed = _WAITING.pack(front, self._check, self._seal, place, stride, missing.address)
         at = len(self._waiting) * _WAITING.size
         self._table[at : at + _WAITING.size] = packed
-        self._waiting[ask.ticket] = Waiting(ask, front, missing, packed)
+        waiting = self._waiting[ask.ticket] = Waiting(ask, front, missing, packed)
+        return waiting
 
     def remove(self, ticket: int) -> None:
         """Nothing when it is not there."""
@@ -156,6 +161,14 @@ class Arriving:
     def of(self, ticket: int, duck: int) -> memoryview:
         """A duck's place."""
         return self._taken[ticket][duck * self.stride : (duck + 1) * self.stride]
+
+    def pairs(self, ask: Ask, start: int, nbytes: int) -> list[tuple[memoryview, memoryview]]:
+        """Of every duck: so many bytes of its place from `start` on, and where they open to."""
+        memory, stride = self._taken[ask.ticket], self.stride
+        return [
+            (memory[at : at + nbytes], row[: ask.answer_bytes])
+            for at, row in zip(range(start, len(memory), stride), ask.rows.landing, strict=False)
+        ]
 
     def give_back(self, ticket: int) -> None:
         """Nothing when it has none."""

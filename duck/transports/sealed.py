@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from duck.transports.link import Frames
 
 _FIRST_BYTES = 1 << 16
+_WHOLE = (1 << 16).to_bytes(4, "little")  # fragment 0 of 1
 
 
 def sealed_frames(
@@ -86,6 +87,11 @@ def open_message(
         header.kind, header.session, header.ticket, header.layer, header.source, len(sealed)
     )
     return opener.open_into(head, sealed, out)
+
+
+def message_front(front: bytes) -> bytes:
+    """The first 28 bytes of the header of a whole message, of those of any datagram of it."""
+    return front[:16] + _WHOLE + front[20:24] + bytes(4)
 
 
 def _message_head(

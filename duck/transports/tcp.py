@@ -170,7 +170,10 @@ class Collector:
                 return
             place = self._arriving.take(ask.ticket) + wire.HEADER_BYTES
             stride = self._arriving.stride
-        self._open.add(ask, ask.answer_bytes, 1, place, stride)
+        waiting = self._open.add(ask, ask.answer_bytes, 1, place, stride)
+        if waiting and self._openers:
+            nbytes = ask.answer_bytes + TAG_BYTES
+            waiting.sealed = self._arriving.pairs(ask, wire.HEADER_BYTES, nbytes)
 
     def send(self, data: bytes | bytearray) -> None:
         """Send the same to all ducks."""
@@ -217,11 +220,8 @@ class Collector:
 
     def _opened(self, duck: int, waiting: receive.Waiting) -> bool:
         """Open a sealed answer into its row; else the connection ends."""
-        sealed = self._arriving.of(waiting.ask.ticket, duck)
-        stop = wire.HEADER_BYTES + waiting.ask.answer_bytes
-        head, body = sealed[: wire.HEADER_BYTES], sealed[wire.HEADER_BYTES : stop + TAG_BYTES]
         try:
-            self._openers[duck].open_into(head, body, waiting.ask.rows.landing[duck])
+            self._openers[duck].open_answer(waiting.front_of(duck), *waiting.sealed[duck])
         except WireError as error:
             self._links[duck].blame(error)
             return False
