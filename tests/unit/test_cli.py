@@ -95,6 +95,9 @@ IDS = ("--prompt-ids", "5,6,7")
         (("bench", "transport", "--faults", "drop=1%"), "--faults drop: only multicast stands it"),
         (("bench", "transport", "--seconds", "nan"), "--seconds nan"),
         (("bench", "transport", "--plot", "x.png"), "--plot draws latency over loss"),
+        (("bench", "transport", "--plot", "x.xyz"), "--plot 'x.xyz': pictures are PNG"),
+        (("bench", "transport", "--plot", ""), "--plot '' is no file"),
+        (("generate", "MODEL", *IDS, "--trace", "x" * 300), "xxx': File name too long"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL", "--key-file", "x"), "duck key x"),
         (
