@@ -378,7 +378,7 @@ def tables(summary: Summary) -> list[Table]:
     tokens = f", {summary.settled / summary.steps:.2f} tokens each" if summary.settled else ""
     if summary.step_ms is None:
         rows = [
-            ("decode steps", "none in this trace: generate more than one token to see some"),
+            ("decode steps", "none in this trace; generate more than one token"),
             ("figures below", f"of all of it, prefill and all: {summary.time_ms:.2f} ms"),
         ]
     else:
