@@ -59,13 +59,16 @@ def whole_check(shape: Shape, device: torch.device, kernels: Kernels) -> Result:
         capture, answers = calls.Capturer(), Answers(shape, calls.pinned)
     worker = Device(device.type, "bfloat16")
     try:
-        replayed = Walks(slots=True, capture=capture, watched=True)
-        got = asyncio.run(_steps(shape, model, worker, replayed, answers.pinned, positions))
+        got: list[Tensor] = []
+        for _ in range(2):  # the second session captures anew, when the first one's graphs are gone
+            replayed = Walks(slots=True, capture=capture, watched=True)
+            got += asyncio.run(_steps(shape, model, worker, replayed, answers.pinned, positions))
         # The same kernels; on a CPU without slots, since that is all there is to compare.
         plain = Walks(slots=cuda, watched=True)
         expected = asyncio.run(_steps(shape, model, worker, plain, answers.summed, positions))
     finally:
         worker.close()
+    expected += expected
     different = sum(not torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert all(bool(torch.isfinite(part.float()).all()) for part in expected)
     return {
