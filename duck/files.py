@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import stat
-import time
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -69,7 +68,7 @@ def whole(path: Path) -> Iterator[Path]:
         OSError: it cannot take its place.
     """
     path = Path(os.path.realpath(path))  # a link stays one
-    beside = path.with_name(f".duck-{os.getpid()}-{time.monotonic_ns():x}.part")
+    beside = path.with_name(f".duck-{os.getpid()}-{os.urandom(6).hex()}.part")
     try:
         yield beside
         os.replace(beside, path)
