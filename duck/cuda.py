@@ -52,6 +52,8 @@ class Capturer:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # Never freed: torch refuses a pool whose graphs were all gone for a while.
+        self._first: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """Do `work` once, then record it; the result does it again, with one call.
@@ -73,6 +75,7 @@ class Capturer:
                     graph.capture_end()
                 raise
             graph.capture_end()
+        self._first = self._first or graph
         before.wait_stream(self._stream)
         return graph.replay
 

@@ -166,7 +166,11 @@ class Device:
 
     def free_bytes(self) -> int | None:
         """What a GPU has free; None of a CPU, whose memory `duck.memory` knows."""
-        return torch.cuda.mem_get_info(self.torch)[0] if self.name == "cuda" else None
+        if self.name != "cuda":
+            return None
+        from duck import cuda
+
+        return cuda.memory()[2]
 
     def close(self) -> None:
         """End the worker after what it computes now, and forget the rest."""

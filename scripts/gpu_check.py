@@ -10,7 +10,8 @@ random. Every kernel is compared with its reference in float32 or float64 at the
 DeepSeek-V3.2; then come times, by CUDA events, in replayed CUDA graphs, with more weights than the
 L2 cache holds, beside what copying memory reaches on the same GPU. Last, the attention side of the
 whole model: every layer with attention, indexer, router, shared expert and the sum of 16 ducks'
-answers, as if those were there at once.
+answers, as if those were there at once. Among the checks is a small model as a host runs it, by
+captured graphs and without: its threads, slots, pinned memory and lanes.
 
 Exit code: 0 if every kernel is correct, 1 if not, 2 without a GPU that can run them.
 `--device cpu --tiny` runs all but the times anywhere, in Triton's interpreter.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import duck.device
 import duck.engine
 import duck.walk
 from duck.engine import Engine
@@ -105,13 +108,23 @@ async def test_the_comparison_sees_mistakes(
 async def test_device_sums_are_the_hosts(
     folder: Path, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With row sets as a GPU reads them: nothing is added up on the host."""
+    """With row sets as a GPU reads them, and results made by the thread that waits for one.
+
+    Nothing is added up on the host.
+    """
     given: list[int] = []
 
     def pin(nbytes: int) -> np.ndarray:
         given.append(nbytes)
         return np.zeros(nbytes, np.uint8)
 
+    marks: list[int] = []
+
+    def mark() -> Callable[[], None]:
+        marks.append(threading.get_ident())
+        return lambda: marks.append(-threading.get_ident())
+
+    monkeypatch.setattr(duck.engine, "Device", partial(duck.device.Device, mark=mark))
     totals: list[int] = []
     total = FlockAsk.total
 
@@ -123,6 +136,8 @@ async def test_device_sums_are_the_hosts(
     monkeypatch.setattr(duck.engine, "_rows_on", lambda *_: (Walks(slots=True, watched=True), pin))
     found, _ = await answers(folder, schedule="wave", draft="mtp")
     assert found == plain
+    assert len({abs(thread) for thread in marks}) == 2  # one launches, the other waits
+    assert len(marks) > 500
     assert len(given) == 8  # the small sets
     assert all(rows > 4 for rows in totals)  # of prompts, whose sets are not pinned
 
