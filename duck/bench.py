@@ -7,17 +7,21 @@ Figures need a machine that does nothing else; the ratios stand noise better tha
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duck import memory
-from duck.config import CHOICES, MAX_LOCAL_DUCKS
+from duck import files, memory
+from duck.config import CHOICES, MAX_LOCAL_DUCKS, picture_file
 from duck.errors import ConfigError
 
 if TYPE_CHECKING:
     from duck.kernels.bench import Shape
+
+# Below this --scale the lateness of threads is no longer small beside the emulated stages.
+COARSE = 10.0
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -183,11 +187,9 @@ def _transport(arguments: argparse.Namespace) -> int:
             f"--faults {harmful}: only multicast stands it: use --transport multicast or leave it "
             "out"
         )
-    picture = None if arguments.plot is None else Path(arguments.plot)
+    picture = None if arguments.plot is None else picture_file("plot", arguments.plot)
     if picture and not (losses and "multicast" in chosen):
         raise ConfigError("--plot draws latency over loss: give --loss and --transport multicast")
-    if picture and not picture.parent.is_dir():
-        raise ConfigError(f"--plot {picture}: no such folder: {picture.parent}")
     with working() as note:
         report = bench_transport(
             transports=chosen, ducks=counts, rows=rows, losses=losses, faults=faults,
@@ -206,7 +208,7 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     """Latency over loss, p50 and p99, a line for every transport and size; a PNG.
 
     Raises:
-        ConfigError: there is no matplotlib, or nothing with losses to draw.
+        ConfigError: there is no matplotlib, nothing with losses to draw, or no room for the file.
     """
     try:
         from matplotlib.figure import Figure
@@ -231,7 +233,11 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, format="png", dpi=120)
+    try:
+        with files.whole(path) as beside:
+            figure.savefig(beside, format="png", dpi=120)
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: {error.strerror or error}") from error
 
 
 def _faults(text: str) -> dict[str, float]:
@@ -292,7 +298,7 @@ def _pipeline_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
     pipeline.add_argument(
         "--scale", type=float, default=30.0, metavar="X",
         help="everything takes so many times as long: threads wake up late by fixed amounts "
-        "(default: %(default)g)",
+        "of some 0.1 ms, which below 10 are much of every stage (default: %(default)g)",
     )  # fmt: skip
     pipeline.add_argument(
         "--steps", type=int, default=4, metavar="N", help="of each session (default: %(default)s)"
@@ -323,9 +329,7 @@ def _pipeline(arguments: argparse.Namespace) -> int:
     if not set(schedules) <= set(overlap.SESSIONS):
         allowed = ", ".join(overlap.SESSIONS)
         raise ConfigError(f"--schedule {arguments.schedule[:60]!r}: want some of {allowed}")
-    folder = None if arguments.traces is None else Path(arguments.traces)
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"--traces {folder}: no such folder")
+    folder = None if arguments.traces is None else _folder("--traces", arguments.traces)
     times = overlap.TIMES[arguments.times]
     if arguments.layers is not None:
         times = replace(times, moe_layers=arguments.layers)
@@ -340,7 +344,25 @@ def _pipeline(arguments: argparse.Namespace) -> int:
     else:
         for table in overlap.tables(rows):
             Console().print(table)
+        if arguments.scale < COARSE:
+            sys.stdout.write(
+                f"--scale {arguments.scale:g}: threads wake up late by as much as stages take; "
+                f"ratios mean something from {COARSE:g} up\n"
+            )
     return 0
+
+
+def _folder(flag: str, name: str) -> Path:
+    """A folder to write to.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if not name:
+        raise ConfigError(f"{flag} is empty: give the path of a folder")
+    if not os.path.isdir(name):  # of a name that is too long it is false, where Path's raises
+        raise ConfigError(f"{flag} {name[:200]}: no such folder")
+    return Path(name)
 
 
 # --- duck bench generate

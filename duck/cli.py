@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import duck
 from duck import bench, files, log
-from duck.config import CHOICES, model_folder, output_file
+from duck.config import CHOICES, model_folder, output_file, picture_file
 from duck.errors import ConfigError, DuckError
 from duck.wire import plain
 
@@ -243,7 +243,7 @@ def _trace_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "measured stages should have made; of the decode steps in a file of --trace.",
     )  # fmt: skip
     summarize.add_argument("file", metavar="FILE")
-    summarize.add_argument("--png", metavar="OUT", help="also draw some steps")
+    summarize.add_argument("--png", metavar="OUT.png", help="also draw some steps")
     summarize.add_argument(
         "--steps", metavar="A:B", help="which steps to draw, from 0 (default: the middle one)"
     )
@@ -475,14 +475,20 @@ def _summarize(arguments: argparse.Namespace) -> int:
 
     from duck import picture, recording, summary
 
-    if arguments.steps and not arguments.png:
-        raise ConfigError("--steps chooses what --png draws: add --png OUT")
+    chosen = None if arguments.steps is None else _range(arguments.steps)
+    png = None if arguments.png is None else picture_file("png", arguments.png)
+    if chosen and not png:
+        raise ConfigError("--steps chooses what --png draws: add --png OUT.png")
     found = recording.read(arguments.file)
-    figures = summary.summarize(found)
-    if arguments.png:
-        middle = max(0, figures.steps // 2)
-        first, stop = _range(arguments.steps) if arguments.steps else (middle, middle + 1)
-        picture.draw(found, Path(arguments.png), first, stop)
+    if png and png.exists() and png.samefile(arguments.file):
+        raise ConfigError(f"--png {png}: that is the trace itself: give another name")
+    try:
+        figures = summary.summarize(found)
+    except ConfigError as error:
+        raise ConfigError(f"{arguments.file}: {error}") from None
+    if png:
+        middle = figures.steps // 2
+        picture.draw(found, png, *(chosen or (middle, middle + 1)))
     if arguments.json:
         write_json(summary.to_json(figures))
         return 0
@@ -498,6 +504,8 @@ def _range(text: str) -> tuple[int, int]:
     first, colon, stop = text.partition(":")
     if not (colon and _is_count(first) and _is_count(stop)):
         raise ConfigError(f"--steps {text[:60]!r}: want two numbers as 3:6")
+    if int(first) >= int(stop):
+        raise ConfigError(f"--steps {text}: the first number must be below the second, as 3:6")
     return int(first), int(stop)
 
 

@@ -56,21 +56,49 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
-def output_file(flag: str, name: str) -> Path:
+def output_file(flag: str, name: str, *, beside: bool = False) -> Path:
     """The file of an option, which can be written: checked before the work is done.
+
+    beside: it is written as `files.whole` does, which needs a new file in its folder.
 
     Raises:
         ConfigError: it cannot.
     """
-    if not isinstance(name, str) or not name or Path(name).is_dir():
+    if not isinstance(name, str) or not name:
         raise ConfigError(f"--{flag} {name!r} is no file: give the path of a file to write")
+    try:
+        return _output_file(flag, name, beside)
+    except OSError as error:  # a name that is too long, a folder that nobody may look into
+        raise ConfigError(f"--{flag} {name[:60]!r}: {error.strerror}") from error
+
+
+def picture_file(flag: str, name: str) -> Path:
+    """As `output_file`, for a PNG.
+
+    Raises:
+        ConfigError: it cannot be written, or its name is another kind's.
+    """
+    path = output_file(flag, name, beside=True)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(
+            f"--{flag} {name[:60]!r}: pictures are PNG: give a name that ends in .png"
+        )
+    return path
+
+
+def _output_file(flag: str, name: str, beside: bool) -> Path:
     path = Path(name)
+    if path.is_dir():
+        raise ConfigError(f"--{flag} {name!r} is no file: give the path of a file to write")
     if path.exists() and not path.is_file():
         raise ConfigError(f"--{flag} {name!r} is no file: give the path of a file to write")
     if not path.parent.is_dir():
         raise ConfigError(f"--{flag} {name}: no such folder: {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"--{flag} {name}: may not be written")
+    folder = Path(os.path.realpath(path)).parent
+    if beside and not os.access(folder, os.W_OK):
+        raise ConfigError(f"--{flag} {name}: no new file may be written to {folder}")
     return path
 
 
@@ -108,7 +136,7 @@ class Options:
             if value not in ready:
                 raise ConfigError(f"--{name} {value!r}: want one of {', '.join(ready)}")
         if self.trace is not None:
-            output_file("trace", self.trace)
+            output_file("trace", self.trace, beside=True)
         if self.memory_trace is not None:
             output_file("memory-trace", self.memory_trace)
         if not isinstance(self.ducks, str):

@@ -30,6 +30,8 @@ from duck.errors import ConfigError, DuckError
 Result = TypeVar("Result")
 _Loop = asyncio.AbstractEventLoop
 
+CLOSED = "the engine is closed: its `async with` block has ended"
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # A piece of work of these stages stands in the queue as if it had come so many pieces later:
@@ -155,7 +157,7 @@ class Device:
         Cancelling stops the wait, and the work unless it has begun; then its result is dropped.
         """
         if self._closed:
-            raise DuckError("the engine is closed: its `async with` block has ended")
+            raise DuckError(CLOSED)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Ran[Result]] = loop.create_future()
         number = next(self._number)
@@ -173,13 +175,14 @@ class Device:
         return cuda.memory()[2]
 
     def close(self) -> None:
-        """End the worker after what it computes now, and forget the rest."""
+        """End the worker after what it computes now; who waits for the rest is told."""
         self._closed = True
         self._wishes.put(None)
         for thread in self._threads:
             thread.join()
-        for *_, future, _ in self._queue:
-            future.cancel()
+        # Not cancelled: who waits would take it for its own task's end, and end without a word.
+        for *_, future, loop in self._queue:
+            self._tell(future, loop, Ran(None, 0.0, 0.0), DuckError(CLOSED))
         self._queue.clear()
 
     def _run(self) -> None:

@@ -24,8 +24,8 @@ import torch
 from duck import log, memory, placement, wire
 from duck.budget import Budget, plan_memory
 from duck.config import Ducks, Options, model_folder
-from duck.device import Device, Later, Stage, limit_threads, now, switching_fast
-from duck.errors import ConfigError
+from duck.device import CLOSED, Device, Later, Stage, limit_threads, now, switching_fast
+from duck.errors import ConfigError, DuckError, TransportClosed
 from duck.flock import Flock
 from duck.kernels import library
 from duck.kernels.device import pick
@@ -289,7 +289,7 @@ class Engine:
         ids = self.prompts.encode(prompt, chat=chat)
         session = session or self.session()
         limit = self.prompts.limit(len(ids), sampling.max_tokens)
-        async with session.answering():
+        async with _closing_told(), session.answering():
             await self._pipeline.reserve(session, len(ids) + min(limit, 256))
             rest = session.rewind_to(ids)
             run = _Run(self, self._pipeline, sampling, len(ids), len(rest))
@@ -335,9 +335,19 @@ class Engine:
         if mtp and not self.config.mtp_layers:
             raise ConfigError("this model has no MTP layer to score")
         session = Session(self._model, 0)
-        await self._pipeline.reserve(session, len(ids))
-        logits, guesses = await self._pipeline.score(session, ids, mtp=mtp)
+        async with _closing_told():
+            await self._pipeline.reserve(session, len(ids))
+            logits, guesses = await self._pipeline.score(session, ids, mtp=mtp)
         return (logits, guesses) if mtp else logits
+
+
+@asynccontextmanager
+async def _closing_told() -> AsyncIterator[None]:
+    """Tell who is answered while the engine is closed that it is: it knows of no transport."""
+    try:
+        yield
+    except TransportClosed as error:
+        raise DuckError(CLOSED) from error
 
 
 class _Run:

@@ -12,6 +12,8 @@ import contextlib
 import errno
 import os
 import stat
+import time
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Literal
@@ -54,6 +56,26 @@ def open_regular(path: Path, mode: Literal["r", "r+", "w"] = "r") -> FileIO:
         return FileIO(handle, {"r": "rb", "r+": "rb+", "w": "wb"}[mode])
     except BaseException:
         os.close(handle)
+        raise
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes `path`'s place once the block has ended well.
+
+    Until then what was there stays, whatever goes wrong: a full disk, an interrupt.
+
+    Raises:
+        OSError: it cannot take its place.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    beside = path.with_name(f".duck-{os.getpid()}-{time.monotonic_ns():x}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # it was not made
+            beside.unlink()
         raise
 
 

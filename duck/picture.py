@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from duck import files
 from duck.errors import ConfigError
 from duck.recording import Recording
 from duck.trace import Span
@@ -23,6 +24,8 @@ def draw(recording: Recording, path: Path, first: int, stop: int) -> None:
         ConfigError: there are no such steps, or the file cannot be written.
     """
     steps = sorted(recording.on("loop", "step"), key=lambda span: span.start)
+    if not steps:
+        raise ConfigError("--png: no decode step to draw; generate more than one token")
     if not 0 <= first < stop <= len(steps):
         raise ConfigError(f"--steps {first}:{stop}: the trace has steps 0:{len(steps)}")
     start, end = steps[first].start, max(step.end for step in steps[first:stop])
@@ -67,7 +70,8 @@ def _save(recording: Recording, path: Path, start: float, end: float, title: str
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left")
     try:
-        figure.savefig(path, format="png")
+        with files.whole(path) as beside:
+            figure.savefig(beside, format="png")
     except OSError as error:
         raise ConfigError(f"--png {path}: {error.strerror or error}") from error
 

@@ -68,7 +68,12 @@ def read(path: str | Path) -> Recording:
     """
     path = Path(path)
     try:
-        document = json.loads(_text(path))
+        text = _text(path)
+        if not text:
+            raise ConfigError(f"{path}: no whole JSON file (it is empty)")
+        document = json.loads(text)
+    except ConfigError:  # it is a ValueError too
+        raise
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except (ValueError, RecursionError, EOFError, zlib.error) as error:
@@ -100,6 +105,8 @@ def _text(path: Path) -> bytes:
 
 
 def _brief(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "lists within lists, too deep to read"
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 

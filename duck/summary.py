@@ -72,7 +72,7 @@ class Summary:
     schedule: str
     ended: str | None  # by which error the run ended
     steps: int
-    step_ms: float  # mean
+    step_ms: float | None  # mean; None: no decode step in it, and all figures are of all of it
     settled: int  # tokens
     time_ms: float  # looked at: all steps, once where several sessions' overlap
     stages: list[Stage]
@@ -132,7 +132,7 @@ def summarize(recording: Recording) -> Summary:
         schedule=schedule,
         ended=_text(recording.facts["ended"]) if "ended" in recording.facts else None,
         steps=len(steps),
-        step_ms=statistics.fmean(span.end - span.start for span in steps) / 1e3 if steps else 0.0,
+        step_ms=statistics.fmean(span.end - span.start for span in steps) / 1e3 if steps else None,
         settled=sum(n for span in steps if type(n := span.args.get("settled")) is int),
         time_ms=total / 1e3,
         stages=stages,
@@ -376,10 +376,18 @@ def tables(summary: Summary) -> list[Table]:
     """The figures for people."""
     head = _plain()
     tokens = f", {summary.settled / summary.steps:.2f} tokens each" if summary.settled else ""
-    rows = [
-        ("schedule", summary.schedule),
-        ("steps", f"{summary.steps} of {summary.step_ms:.2f} ms{tokens}"),
-        ("predicted step", _ms(summary.predicted_ms)),
+    if summary.step_ms is None:
+        rows = [
+            ("decode steps", "none in this trace; generate more than one token"),
+            ("figures below", f"of all of it, prefill and all: {summary.time_ms:.2f} ms"),
+        ]
+    else:
+        rows = [
+            ("schedule", summary.schedule),
+            ("steps", f"{summary.steps} of {summary.step_ms:.2f} ms{tokens}"),
+            ("predicted step", _ms(summary.predicted_ms)),
+        ]
+    rows += [
         ("overlap efficiency", f"{summary.overlap_efficiency:.0%}"),
         ("exposed expert wait", f"{summary.exposed_wait:.0%} of the time"),
         ("idle of the busiest", f"{summary.idle_of_busiest:.0%}"),

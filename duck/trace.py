@@ -20,7 +20,9 @@ count as what their track did.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import itertools
 import json
 import time
@@ -32,6 +34,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from duck import files
 from duck.errors import ConfigError
 
 # Newest records kept: at about 300 bytes a span and 170 for each duck of an ask this stays below
@@ -177,6 +180,8 @@ class Trace:
 
     def write(self, path: str | Path) -> None:
         """Write everything as Chrome trace events; a name that ends in .gz is compressed.
+
+        A file of that name is replaced once all is written.
 
         Raises:
             ConfigError: the file cannot be written.
@@ -380,7 +385,9 @@ def _thread(process: int, thread: int, name: str) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": order}
 
 
-def _create(path: Path) -> TextIO:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "wt", compresslevel=5, encoding="utf-8")
-    return path.open("w", encoding="utf-8")
+@contextlib.contextmanager
+def _create(path: Path) -> Iterator[TextIO]:
+    with files.whole(path) as beside, beside.open("xb") as file:
+        packed = gzip.GzipFile(path.name, "wb", 5, file) if path.name.endswith(".gz") else file
+        with io.TextIOWrapper(packed, encoding="utf-8") as text:
+            yield text

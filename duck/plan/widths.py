@@ -380,7 +380,7 @@ def tables(report: Report) -> list[Table]:
         parts = {part.name: part.median_ms for part in summary.parts}
         [duck] = summary.ducks
         stages.add_row(
-            schedule, f"{summary.step_ms:.2f}", f"{parts['attend']:.3f}",
+            schedule, f"{summary.step_ms or 0.0:.2f}", f"{parts['attend']:.3f}",
             f"{parts['shared']:.3f}", f"{duck.compute_ms:.3f}", f"{duck.queue_ms:.3f}",
             f"{duck.way_ms:.3f}", f"{duck.gb_s or 0:.1f}",
         )  # fmt: skip

@@ -101,6 +101,9 @@ IDS = ("--prompt-ids", "5,6,7")
         (("bench", "transport", "--seconds", "0"), "--seconds 0.0: want more than 0, up to 3600"),
         (("generate", "MODEL", *IDS, "--ducks", "a:0"), "want HOST:PORT with a port of 1..65535"),
         (("bench", "transport", "--plot", "x.png"), "--plot draws latency over loss"),
+        (("bench", "transport", "--plot", "x.xyz"), "--plot 'x.xyz': pictures are PNG"),
+        (("bench", "transport", "--plot", ""), "--plot '' is no file"),
+        (("generate", "MODEL", *IDS, "--trace", "x" * 300), "xxx': File name too long"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL"), "--insecure"),
         (("node", "--listen", "0.0.0.0:1", "--model", "MODEL", "--key-file", "x"), "duck key x"),
         (

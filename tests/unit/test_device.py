@@ -129,7 +129,7 @@ async def test_closed() -> None:
     await asyncio.sleep(0)
     held.let_go()
     device.close()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(DuckError, match="the engine is closed"):
         await waiting
     with pytest.raises(DuckError, match="the engine is closed"):
         await device.run(Stage("attend", 1), lambda: now(1))

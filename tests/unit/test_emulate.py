@@ -100,6 +100,7 @@ def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     out, err = capfd.readouterr()
     assert "simulated" in out
     assert "batch" in out
+    assert "--scale 1: threads wake up late by as much as stages take" in out
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,8 @@ def test_the_command(capfd: pytest.CaptureFixture[str]) -> None:
         (("--layers", "0"), "--layers 0"),
         (("--schedule", "tide"), "want some of serial, batch, wave, pingpong"),
         (("--traces", "no/such"), "--traces no/such: no such folder"),
+        (("--traces", ""), "--traces is empty"),
+        (("--traces", "x" * 300), "x: no such folder"),
     ],
 )
 def test_mistakes_are_one_line(

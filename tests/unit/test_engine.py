@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import duck
-from duck.engine import Engine
+from duck.engine import Engine, Piece
 from duck.prompts import Prompts
 from duck.sampling import Sampling
 from tests.checkpoints import make_checkpoint
@@ -270,6 +271,28 @@ async def test_a_session_gives_one_answer_at_a_time(folder: Path) -> None:
         await first.aclose()
         again = await engine.generate(PROMPT, GREEDY, session=session)
         assert again.token_ids == (await engine.generate(PROMPT, GREEDY)).token_ids
+
+
+@pytest.mark.parametrize("transport", ["loopback", "tcp"])
+async def test_answers_are_told_that_the_engine_is_closed(folder: Path, transport: str) -> None:
+    """Wherever each is just then; none is cancelled, which nobody would hear of."""
+    for pieces in range(4):
+        async with Engine.open(folder, ducks="local:2", transport=transport) as engine:
+            streams = [engine.stream(PROMPT, Sampling(max_tokens=400)) for _ in range(2)]
+            for _ in range(pieces):
+                await anext(streams[0])
+            tasks = [asyncio.create_task(_all(stream)) for stream in streams]
+            tasks.append(asyncio.create_task(engine.score(PROMPT * 20)))
+            for _ in range(3 * pieces):
+                await asyncio.sleep(0)
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert type(error) is duck.DuckError
+            assert str(error).startswith("the engine is closed: ")
+
+
+async def _all(stream: AsyncGenerator[Piece, None]) -> None:
+    async for _ in stream:
+        pass
 
 
 async def test_a_trace_says_what_ended_the_run(folder: Path, tmp_path: Path) -> None:

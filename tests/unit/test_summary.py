@@ -171,6 +171,7 @@ def test_a_trace_without_steps_is_looked_at_as_a_whole(tmp_path: Path) -> None:
     summary = summarize(recorded(trace, tmp_path))
     assert (summary.steps, summary.time_ms) == (0, pytest.approx(4))
     assert summary.predicted_ms is None
+    assert summary.step_ms is None
     with pytest.raises(ConfigError, match="nothing in this trace took any time"):
         summarize(recorded(Trace(), tmp_path))
 
@@ -222,9 +223,9 @@ ANSWER = {"ask": 0, "queue_us": 0, "compute_us": 1, "answered_us": 1}
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no whole JSON file"),
+        ("", "bad.json: no whole JSON file (it is empty)"),
         ('{"traceEvents":[{"ph":"X","na', "no whole JSON file"),
-        ("[" * 200_000, "no whole JSON file"),
+        ("[" * 200_000, "bad.json: no whole JSON file (lists within lists, too deep to read)"),
         ('{"ts": 1' + "0" * 5000 + "}", "no whole JSON file"),
         ("[]", "format 'duck trace 1'"),
         ('{"traceEvents": [], "otherData": {"format": "other"}}', "format 'duck trace 1'"),
@@ -242,7 +243,7 @@ ANSWER = {"ask": 0, "queue_us": 0, "compute_us": 1, "answered_us": 1}
         (corrupt({**SPAN, "pid": 2, "tid": 1}), "duck 1 of 1"),
         (corrupt({**SPAN, "pid": 2, "args": ANSWER}), "an answer of duck 0 to ask 0, which is not"),
         (corrupt({**SPAN, "cat": "net", "args": {"ask": 0, "experts": [[1.5]]}}), "experts is no"),
-        (corrupt({**SPAN, "dur": 0}), "nothing in this trace took any time"),
+        (corrupt({**SPAN, "dur": 0}), "bad.json: nothing in this trace took any time"),
     ],
 )
 def test_bad_files_are_one_line(
@@ -303,7 +304,7 @@ def test_a_file_that_unpacks_to_too_much_is_one_line(
     monkeypatch.setattr(recording, "LARGEST", 1 << 20)
     path = tmp_path / "bomb.json.gz"
     path.write_bytes(gzip.compress(b" " * (1 << 22)))
-    with pytest.raises(ConfigError, match="more than 1 MiB"):
+    with pytest.raises(ConfigError, match=r"^\S+bomb.json.gz: more than 1 MiB"):
         read(path)
 
 
@@ -315,7 +316,14 @@ def test_a_file_that_unpacks_to_too_much_is_one_line(
         (("FILE", "--png", "x.png", "--steps", "3"), "--steps '3': want two numbers as 3:6"),
         (("FILE", "--png", "x.png", "--steps", "2:9"), "--steps 2:9: the trace has steps 0:3"),
         (("FILE", "--steps", "0:1"), "--steps chooses what --png draws"),
-        (("FILE", "--png", "/nowhere/x.png"), "--png /nowhere/x.png: No such file"),
+        (("FILE", "--png", "/nowhere/x.png"), "--png /nowhere/x.png: no such folder"),
+        (("FILE", "--png", "x.png", "--steps", "5:3"), "--steps 5:3: the first number must be"),
+        (("FILE", "--png", "x.png", "--steps", ""), "--steps '': want two numbers"),
+        (("FILE", "--steps", ""), "--steps '': want two numbers"),
+        (("FILE", "--png", ""), "--png '' is no file"),
+        (("FILE", "--png", "x.json"), "--png 'x.json': pictures are PNG: give a name that ends in"),
+        (("FILE", "--png", "FILE"), "pictures are PNG"),
+        (("FILE", "--png", "x" * 300 + ".png"), "xxx': File name too long"),
     ],
 )
 def test_bad_words_are_one_line(
@@ -325,3 +333,35 @@ def test_bad_words_are_one_line(
     assert (code, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_a_picture_never_takes_the_place_of_its_trace(
+    file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trace, link = tmp_path / "trace.png", tmp_path / "link.png"
+    trace.write_bytes(file.read_bytes())
+    link.symlink_to(trace)
+    for png in (trace, link):
+        code, out, err = run(capfd, str(trace), "--png", str(png))
+        assert (code, out) == (2, "")
+        assert err == f"duck: --png {png}: that is the trace itself: give another name\n"
+    assert trace.read_bytes() == file.read_bytes()
+
+
+def test_a_trace_without_decode_steps_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trace = Trace()
+    trace.span("loop", "prefill", 1.0, 1.005)
+    trace.span("device", "attend", 1.0, 1.004, 0)
+    path = tmp_path / "prefill.json"
+    trace.write(path)
+    code, out, _ = run(capfd, str(path))
+    assert code == 0
+    assert "none in this trace" in out
+    for word in ("predicted step", "schedule", "0 of"):
+        assert word not in out
+    code, out, err = run(capfd, str(path), "--png", str(tmp_path / "x.png"))
+    assert (code, out) == (2, "")
+    assert err == "duck: --png: no decode step to draw; generate more than one token\n"
+    assert list(tmp_path.iterdir()) == [path]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+import resource
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +181,46 @@ def test_off_records_nothing() -> None:
     assert not OFF.counts()
     assert not OFF.facts
     assert OFF.dropped() == {"spans": 0, "asks": 0, "counts": 0}
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
+def test_a_full_disk_leaves_the_older_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    sample().write(path)
+    before = path.read_bytes()
+    larger = sample()
+    larger.about(noise=random.Random(1).randbytes(50_000).hex())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as if the disk were full
+    try:
+        with pytest.raises(ConfigError, match=f"--trace .*{name}: File too large"):
+            larger.write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_leaves_no_broken_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> Iterator[dict[str, Any]]:
+        yield {}
+        raise KeyboardInterrupt
+
+    trace = sample()
+    monkeypatch.setattr(trace, "events", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trace.write(tmp_path / "trace.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_a_file_stays_one(tmp_path: Path) -> None:
+    link, file = tmp_path / "link.json", tmp_path / "file.json"
+    link.symlink_to(file)
+    sample().write(link)
+    assert link.is_symlink()
+    assert json.loads(file.read_text())["traceEvents"]
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
