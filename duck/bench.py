@@ -140,7 +140,8 @@ def _transport_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
     )
     transport.add_argument(
         "--loss", metavar="0.1%,1%", default="",
-        help="drop this share of multicast's datagrams as well",
+        help="drop this share of multicast's datagrams as well; numbers are percent, with or "
+        "without the sign",
     )  # fmt: skip
     transport.add_argument(
         "--faults", metavar="reorder=20%,seed=7", default="",
@@ -170,10 +171,15 @@ def _transport(arguments: argparse.Namespace) -> int:
     if sys.platform != "linux":
         raise ConfigError("duck bench transport needs Linux: its yardstick is epoll")
     if not 0 < arguments.seconds <= 3600:
-        raise ConfigError(f"--seconds {arguments.seconds}: want 0 to 3600")
+        raise ConfigError(f"--seconds {arguments.seconds}: want more than 0, up to 3600")
     counts = numbers("--ducks", arguments.ducks, MAX_LOCAL_DUCKS)
     rows = numbers("--rows", arguments.rows, 1024)
     losses = _shares("--loss", arguments.loss)
+    if losses and not set(chosen) & set(LOSSY):
+        raise ConfigError(
+            f"--loss {arguments.loss[:60]}: only multicast has datagrams of ours to drop: use "
+            "--transport multicast or leave it out"
+        )
     faults = _faults(arguments.faults)
     harmful = ", ".join(name for name in HARMFUL if name in faults)
     if harmful and set(chosen) - set(LOSSY):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 import tomllib
 from dataclasses import dataclass
@@ -29,6 +28,9 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "experts": (("exact", "int8", "int4"), ()),
 }
 MAX_LOCAL_DUCKS = 64
+# Of slices, by their widths; no two machines differ as much as these.
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+WANT_WEIGHT = "want a number above 0, from 0.000001 to 1000000"
 # Packets that every IPv4 network carries, and the largest jumbo frames that switches have.
 MIN_MTU, MAX_MTU = 576, 9216
 DEMO = Path(__file__).parent / "demo"
@@ -277,7 +279,7 @@ class Ducks:
         addresses = tuple(part.strip() for part in text.split(","))
         try:
             for address in addresses:
-                split_address(address)
+                split_address(address, lowest=1)
         except ConfigError as error:
             raise ConfigError(
                 f"--ducks {text[:80]}: want local:N, HOST:PORT,HOST:PORT or FILE.toml ({error})"
@@ -290,7 +292,7 @@ class Ducks:
     def _from_file(cls, path: Path) -> Ducks:
         try:
             with open_regular(path) as file:
-                document = tomllib.loads(file.read().decode())
+                document = tomllib.loads(file.read().decode("utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"--ducks {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # no path, no UTF-8, or no TOML
@@ -318,11 +320,12 @@ class Ducks:
             if not isinstance(address, str) or not isinstance(name, str):
                 raise ConfigError(f'{path}: [[duck]] {number} wants address = "HOST:PORT"')
             weight = entry.get("weight", 1)
-            if type(weight) not in (int, float) or not 0 < weight < math.inf:
-                raise ConfigError(
-                    f"{path}: [[duck]] {number}: weight {weight!r}: want a number above 0"
-                )
-            split_address(address)
+            if type(weight) not in (int, float) or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+                raise ConfigError(f"{path}: [[duck]] {number}: weight {weight!r}: {WANT_WEIGHT}")
+            try:
+                split_address(address, lowest=1)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: [[duck]] {number}: {error}") from None
             addresses.append(address)
             names.append(name)
             weights.append(float(weight))
@@ -363,15 +366,17 @@ def _known(path: Path, where: str, table: dict[str, Any], allowed: set[str]) -> 
         )
 
 
-def split_address(text: str) -> tuple[str, int]:
+def split_address(text: str, lowest: int = 0) -> tuple[str, int]:
     """HOST:PORT as a pair, with [..] around an IPv6 host.
+
+    lowest: the first port that will do; 0 is one to listen on, and cannot be connected to.
 
     Raises:
         ConfigError: anything else.
     """
     host, _, port = text.rpartition(":")
-    if not host or not _is_number(port) or int(port) > 65535:
-        raise ConfigError(f"address {text[:80]!r}: want HOST:PORT with a port of 0..65535")
+    if not host or not _is_number(port) or not lowest <= int(port) <= 65535:
+        raise ConfigError(f"address {text[:80]!r}: want HOST:PORT with a port of {lowest}..65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

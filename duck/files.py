@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import stat
-import time
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -69,7 +68,7 @@ def whole(path: Path) -> Iterator[Path]:
         OSError: it cannot take its place.
     """
     path = Path(os.path.realpath(path))  # a link stays one
-    beside = path.with_name(f".duck-{os.getpid()}-{time.monotonic_ns():x}.part")
+    beside = path.with_name(f".duck-{os.getpid()}-{os.urandom(6).hex()}.part")
     try:
         yield beside
         os.replace(beside, path)
@@ -108,7 +107,14 @@ def too_many_open(limit: int | None = None) -> str:
     limit = _limit() if limit is None else limit
     if limit is None:
         return "too many open files"
-    return f"this process may have {limit} files open (ulimit -n): run ulimit -n {GOOD_FILES}"
+    told = f"this process may have {limit} files open (ulimit -n)"
+    hard = _hard_limit()
+    if hard is None or hard >= GOOD_FILES:
+        return f"{told}: run ulimit -n {GOOD_FILES}"
+    return (
+        f"{told}, and its hard limit is {hard} (ulimit -Hn): have {GOOD_FILES} allowed, by nofile "
+        "in /etc/security/limits.conf, or LimitNOFILE of its systemd unit"
+    )
 
 
 def _limit() -> int | None:
@@ -119,6 +125,16 @@ def _limit() -> int | None:
         return None
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _hard_limit() -> int | None:
+    """How many it may allow itself; None: as many as it likes, or nobody says."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return None if hard == resource.RLIM_INFINITY else hard
 
 
 def _open_files() -> int:

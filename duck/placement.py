@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 
 from duck import wire
+from duck.config import MAX_WEIGHT, MIN_WEIGHT, WANT_WEIGHT
 from duck.errors import ConfigError, WireError
 
 TILE = 64
@@ -54,8 +55,8 @@ def weighted_slices(columns: int, weights: Sequence[float]) -> tuple[range, ...]
             f"expert's intermediate dimension, so use 1..{columns} ducks"
         )
     for weight in weights:
-        if not 0 < weight < math.inf:
-            raise ConfigError(f"weight {weight}: want a number above 0 for every duck")
+        if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            raise ConfigError(f"weight {weight}: {WANT_WEIGHT}, for every duck")
     unit = TILE if columns % TILE == 0 and columns // TILE >= ducks else 1
     units = columns // unit
     largest = max(weights)

@@ -380,6 +380,16 @@ def looks_like_tls(data: bytes | bytearray | memoryview) -> bool:
     return data[0] in _TLS_RECORDS and data[1] == 3 and 1 <= data[2] <= 4
 
 
+# How a control message begins: its length, then a map of msgpack.
+OPENING_BYTES = 5
+
+
+def looks_like_control(data: bytes | bytearray | memoryview) -> bool:
+    """Whether a connection that begins so (`OPENING_BYTES` or more) carries our messages."""
+    size, kind = int.from_bytes(data[:4], "little"), data[4]
+    return size <= CONTROL_LIMIT and (0x80 <= kind <= 0x8F or kind in (0xDE, 0xDF))
+
+
 def encode_control(message: Mapping[str, Any]) -> bytes:
     """One control message, framed."""
     body: bytes = msgpack.packb(dict(message), use_bin_type=True)
@@ -393,15 +403,25 @@ def _refuse_extension(code: int, _data: bytes) -> Any:
 
 
 class Foreign(WireError):
-    """A peer's first bytes are text: it speaks another protocol.
+    """A peer's first bytes are nothing of ours: it speaks another protocol.
 
     Args:
-        began: its first words, as one line.
+        began: those bytes, for people, on one line.
+        why: what is wrong with them; without it, that they are of another protocol.
     """
 
-    def __init__(self, began: str) -> None:
-        super().__init__(f"another protocol, which begins {began!r}")
+    def __init__(self, began: str, why: str = "") -> None:
+        super().__init__(why or f"another protocol, which begins {began}")
         self.began = began
+
+
+ECHO = "what it was sent"  # what some servers begin with
+
+
+def shown(data: bytes | bytearray) -> str:
+    """How a stranger begins: its words in quotes, or some bytes in hex."""
+    words = first_words(data)
+    return repr(words) if words else f"bytes {bytes(data[:8]).hex(' ')}"
 
 
 def first_words(data: bytes | bytearray) -> str:
@@ -421,7 +441,7 @@ class ControlDecoder:
     def __init__(self, limit: int = CONTROL_LIMIT) -> None:
         self.limit = limit
         self._buffer = bytearray()
-        self._begun = False  # a message has come
+        self.begun = False  # a message has come
 
     @property
     def pending(self) -> int:
@@ -445,15 +465,22 @@ class ControlDecoder:
             if size > self.limit:
                 if messages:
                     break
-                if not self._begun and (began := first_words(self._buffer)):
-                    raise Foreign(began)
-                raise WireError(f"control message of {size} bytes, at most {self.limit}")
+                why = f"control message of {size} bytes, at most {self.limit}"
+                if self.begun:
+                    raise WireError(why)
+                text = first_words(self._buffer)
+                raise Foreign(shown(self._buffer), "" if text else why)
             if len(self._buffer) < 4 + size:
                 break
-            body = bytes(self._buffer[4 : 4 + size])
+            whole = bytes(self._buffer[: 4 + size])
             del self._buffer[: 4 + size]
-            messages.append(_decode_control(body))
-            self._begun = True
+            try:
+                messages.append(_decode_control(whole[4:]))
+            except WireError as error:
+                if self.begun:
+                    raise
+                raise Foreign(shown(whole), str(error)) from None
+            self.begun = True
         return messages
 
 
@@ -465,7 +492,8 @@ def _decode_control(body: bytes) -> dict[str, Any]:
     except WireError:
         raise
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise WireError(f"control message that is no msgpack: {error}") from None
+        more = f": {error}" if str(error) else ""
+        raise WireError(f"control message that is no msgpack{more}") from None
     if not isinstance(message, dict) or not isinstance(message.get("t"), str):
         raise WireError('control message without a kind "t"')
     return message

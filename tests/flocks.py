@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import structlog
 
 from duck import wire
 from duck.config import Network
@@ -49,6 +51,12 @@ def plan_for(
     """A plan for fake ducks: ten layers of four experts, two for each row."""
     shape = wire.Shape(hidden, 2, ask_dtype, answer_dtype, max_rows)
     return Plan(model, tuple(range(10)), 4, ducks * 64, equal_slices(ducks * 64, ducks), shape)
+
+
+def info_logger() -> Any:
+    """A logger that tells more than tests usually hear."""
+    wrapper = structlog.make_filtering_bound_logger(logging.INFO)
+    return structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=wrapper)
 
 
 class FakeDuck:

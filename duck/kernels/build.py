@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,8 +52,18 @@ def find_library() -> Path:
     folder = next((folder for folder in folders if _writable(folder)), Path(tempfile.gettempdir()))
     with _locked(folder):
         if not (folder / name).is_file():  # nobody did while we waited
+            _announce()
             compile_library(folder / name)
     return folder / name
+
+
+def _announce() -> None:
+    """Say on stderr why nothing happens for a minute."""
+    with contextlib.suppress(OSError, AttributeError):  # nobody reads it, or there is none
+        # A terminal may show how far something is: that line is drawn again.
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+        sys.stderr.write(f"{clear}duck: building the native library (once)\n")
+        sys.stderr.flush()
 
 
 def compile_library(target: Path) -> None:

@@ -14,9 +14,11 @@ keys, and the plan is agreed on anew, so nothing of the old session counts in it
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import random
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ import numpy as np
 import structlog
 
 from duck import __version__, wire
-from duck.config import split_address
+from duck.config import is_loopback, split_address
 from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
 from duck.placement import Plan
 from duck.seal import ASK_SECRET_BYTES, NONCE_BYTES, SessionKeys
@@ -46,8 +48,13 @@ PROGRESS_S = 120.0
 # Without any byte from a duck for this many ticks it counts as frozen. Ticks, not seconds: while
 # this process itself is held up no tick passes, so a busy host never blames its ducks.
 SILENT_TICKS = 12
+# How long a duck that ended its data connection may take to say why.
+LAST_WORDS_S = 0.05
 # A flock that has lost a duck is gathered again after so long; twice as long from try to try.
 RETRY_S, LONGEST_RETRY_S = 0.1, 5.0
+
+# A machine that cannot be reached at all, whatever runs on it.
+_NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 
 _log = structlog.get_logger(__name__)
 
@@ -284,9 +291,25 @@ class FlockTransport:
     def watch(self, link: Link, duck: int) -> None:
         """From now on the duck is lost when this connection ends."""
         self._watched.append((duck, link))
-        link.on_close = partial(self.asks.lose, duck)
+        link.on_close = partial(self._ended_by, link, duck)
         if link.closed.done():  # before we looked
             self.asks.lose(duck, link.closed.result())
+
+    def _ended_by(self, link: Link, duck: int, reason: str) -> None:
+        """A watched connection has ended.
+
+        A duck that refuses what came on its data connection says why on its control connection,
+        which may be heard a moment later: its end, with those words, is then the reason.
+        """
+        control = self._control[duck] if self._control else link
+        if link is control or link.error:
+            self.asks.lose(duck, reason)
+            return
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, self._no_words, link, duck, reason)
+
+    def _no_words(self, link: Link, duck: int, reason: str) -> None:
+        if link in self._links:  # else it was of a session that is over
+            self.asks.lose(duck, reason)
 
     def drop(self, duck: int, reason: str) -> None:
         """End a duck's connection, as if it had gone."""
@@ -314,11 +337,23 @@ class FlockTransport:
         except (OSError, ValueError) as error:  # ValueError: a host name that cannot be one
             why = getattr(error, "strerror", None) or error
             raise TransportError(
-                f"cannot reach {label}: {why}; start it with: "
-                f"duck node --listen {address} --model DIR (or --store DIR)"
+                f"cannot reach {label}: {why}; {self._advice(address, error)}"
             ) from error
         self._links.append(link)
         return link
+
+    def _advice(self, address: str, error: Exception) -> str:
+        """What to do where nobody can be reached."""
+        if isinstance(error, socket.gaierror | ValueError):
+            return f"check the name in {address}, or give the address in numbers"
+        if getattr(error, "errno", None) in _NO_WAY:
+            return f"check {address}, and the network between this machine and it"
+        start = f"start it with: duck node --listen {address} --model DIR (or --store DIR)"
+        if self._credentials:
+            return f"{start} --key-file FILE"
+        if is_loopback(split_address(address)[0]):
+            return start
+        return f"{start} --insecure, or better --key-file FILE on both"
 
     async def expect(self, link: Link, duck: int, *kinds: str) -> dict[str, Any]:
         """The next message of one of these kinds.
@@ -338,12 +373,16 @@ class FlockTransport:
                 reason = f"{error} before {kind}"
                 if isinstance(error, TimeoutError):
                     reason = f"no {kind} and no sign of life for {CONNECT_S:.0f} s"
+                    if kind == "WELCOME" and not link.has_spoken:
+                        reason += f"; is {self.addresses[duck]} a duck?"
                 raise self._gone(duck, begun, reason) from None
             if message["t"] in kinds:
                 return message
             if message["t"] == "ERR":
                 text = wire.plain(wire.field(message, "text", str))
                 raise WireError(f"{self.labels[duck]} refused: {text}")
+            if message["t"] == "HELLO":
+                raise wire.Foreign(wire.ECHO)
             if message["t"] != "LOADING":
                 raise WireError(
                     f"{self.labels[duck]} sent {message['t'][:40]!r} where {kind} was due"
@@ -370,7 +409,7 @@ class FlockTransport:
             return await self._shake_hands(duck)
         except wire.Foreign as error:
             raise WireError(
-                f"{label}: {self.addresses[duck]} is not a duck (it answered {error.began!r})"
+                f"{label}: {self.addresses[duck]} is not a duck (it answered {error.began})"
             ) from None
         except WireError as error:  # whatever is wrong, say with whom
             text = str(error)

@@ -169,6 +169,11 @@ class Link(asyncio.BufferedProtocol):
         name = self.transport.get_extra_info("peername")
         return f"{name[0]}:{name[1]}" if isinstance(name, tuple) and len(name) > 1 else ""
 
+    @property
+    def has_spoken(self) -> bool:
+        """A control message has come."""
+        return self._decoder.begun
+
     def limit(self, nbytes: int) -> None:
         """From now on refuse control messages that are longer."""
         self._decoder.limit = nbytes

@@ -57,6 +57,10 @@ class Feed(Protocol):
         """
         ...
 
+    def stats(self) -> Mapping[str, float]:
+        """Counters of this session, for the log when it ends."""
+        ...
+
     def close(self) -> None:
         """The session has ended; called once, in the event loop."""
         ...
@@ -346,6 +350,7 @@ class ListeningDuck:
         plane = self._plane(hello)
         session.feed = plane.open(session, wire.field(hello, "plane", dict))
         self._sessions[session.id] = session
+        why, begun, peer = "this duck ends", self._loop.time(), link.peer
         try:
             plan, duck = session.plan, session.duck
             facts = await self._attach_with_progress(link, plan, duck)
@@ -367,10 +372,20 @@ class ListeningDuck:
                 session.heard_at = self._loop.time()
                 if message["t"] == "PING":
                     link.send({"t": "PONG"})
+            why = "the host said goodbye"
+        except DuckError as error:
+            why = str(error)
+            raise
         finally:
             if self._sessions.get(session.id) is session:  # else it was evicted
                 del self._sessions[session.id]
             session.end()
+            if session.welcomed:
+                counts = {name: count for name, count in session.feed.stats().items() if count}
+                _log.info(
+                    "session_ended", session=session.id, peer=peer, reason=why,
+                    seconds=round(self._loop.time() - begun, 3), **counts,
+                )  # fmt: skip
 
     def _session(self, link: Link, hello: Mapping[str, Any]) -> HostSession:
         """Check all that HELLO says of the host and its plan."""

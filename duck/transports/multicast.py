@@ -710,16 +710,17 @@ class MulticastFeed:
             sock.listen(partial(self._readable, sock))
         return {**self._tcp.welcome(), "port": self._sockets[0].address[1]}
 
+    def stats(self) -> Mapping[str, float]:
+        """Counters as `reliable.Counts`, and of datagrams that were not the host's."""
+        counts = self._half.counts.to_dict() if self._half else {}
+        return {
+            **counts, "strangers": self.strangers, "malformed": self.malformed,
+        }  # fmt: skip
+
     def close(self) -> None:
         self._tcp.close()
         for sock in self._sockets:
             sock.close()
-        if self._half:
-            counts = {name: n for name, n in self._half.counts.to_dict().items() if n}
-            _log.info(
-                "multicast_ended", session=self._session.id, strangers=self.strangers,
-                malformed=self.malformed, **counts,
-            )  # fmt: skip
         self._sockets.clear()
 
     # receiving

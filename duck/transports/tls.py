@@ -36,6 +36,8 @@ from duck.keys import ClusterKey
 _ALWAYS = (datetime.datetime(1950, 1, 2), datetime.datetime(9999, 12, 31, 23, 59, 59))
 _CA = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "duck cluster")])
 _READ_BYTES = 1 << 16
+# A handshake's record, where in it the kind of message is, and the client's first (RFC 8446).
+_RECORD, _HANDSHAKE, _CLIENT_HELLO = 22, 5, 1
 
 
 class Role(Enum):
@@ -174,10 +176,12 @@ class Tls:
             self._begin += data
             if len(self._begin) < wire.TELLING_BYTES:
                 return b""
+            if not self._is_judged(self._begin):
+                return b""
             if not wire.looks_like_tls(self._begin):
                 self._broken = True
-                if began := wire.first_words(self._begin):
-                    raise wire.Foreign(began)
+                if wire.first_words(self._begin) or not wire.looks_like_control(self._begin):
+                    raise wire.Foreign(wire.shown(self._begin))
                 raise WireError(
                     f"the {self._peer} uses no key, this {self._own.role.value} does: "
                     "give both the same --key-file"
@@ -197,6 +201,22 @@ class Tls:
         except ssl.SSLError as error:
             raise self._wrong(error) from None
         return b"".join(pieces)
+
+    def _is_judged(self, begin: bytearray) -> bool:
+        """Whether these first bytes tell what the peer speaks.
+
+        Raises:
+            Foreign: nothing of ours.
+        """
+        if not wire.looks_like_tls(begin):
+            return bool(wire.first_words(begin)) or len(begin) >= wire.OPENING_BYTES
+        if len(begin) <= _HANDSHAKE:
+            return False
+        own = self._own.role is Role.HOST and begin[0] == _RECORD
+        if own and begin[_HANDSHAKE] == _CLIENT_HELLO:  # which only we say
+            self._broken = True
+            raise wire.Foreign(wire.ECHO)
+        return True
 
     def write(self, data: bytes) -> None:
         """Say something: now, or once the handshake is over; nothing on a broken connection."""

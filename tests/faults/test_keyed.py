@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -128,16 +129,24 @@ async def test_keys_that_do_not_fit(
     assert not duck.attached
 
 
-async def test_a_server_that_is_no_duck() -> None:
+@pytest.mark.parametrize(
+    ("says", "shown"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\nServer: pond\r\n\r\n", "'HTTP/1.1 400 Bad Request'"),
+        (b"\x9f\x00\x02\x03\x04\x05\x06\x07\x08", "bytes 9f 00 02 03 04 05 06 07"),
+        (b"", "what it was sent"),
+    ],
+)
+async def test_a_server_that_is_no_duck(says: bytes, shown: str) -> None:
     """It is told from a duck without a key."""
 
-    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 400 Bad Request\r\nServer: pond\r\n\r\n")
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(says or await reader.read(1 << 16))
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        told = rf"{address} is not a duck \(it answered 'HTTP/1.1 400 Bad Request'\)$"
+        told = rf"{address} is not a duck \(it answered {shown}\)$"
         with pytest.raises(WireError, match=told):
             async with attached(address, Credentials(KEY, Role.HOST)):
                 pass
@@ -474,6 +483,15 @@ CHANGES: dict[str, tuple[Callable[[bytes, bytes], bytes], str, str]] = {
 }  # fmt: skip
 
 
+REFUSALS = (
+    "not authentic",
+    "came before",
+    "a frame of session",
+    "a data frame has no seal",
+    "an answer of",
+)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("to_duck", [True, False], ids=["to the duck", "to the host"])
 async def test_who_changes_what_is_said(
@@ -492,9 +510,11 @@ async def test_who_changes_what_is_said(
                 await (await _ask(transport, 3))
         match expected:
             case "lost":
-                with pytest.raises(DuckLost):
+                with pytest.raises(DuckLost) as caught:
                     await _right(ask, 2)
                 assert transport.stats()["refused"] == (not to_duck)
+                # Who refuses says why, and both ends know it.
+                assert re.search("|".join(REFUSALS), caught.value.reason), caught.value.reason
             case "right":
                 await _right(ask, 2)
                 await _until(lambda: transport.stats()["late_answers"] == 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from duck import wire
 from duck.config import Network
@@ -20,7 +21,7 @@ from duck.transports.listen import ListeningDuck
 from duck.transports.multicast import MulticastPlane, MulticastTransport
 from duck.transports.tls import Credentials, Role
 from duck.wire import Kind
-from tests.flocks import KEY, WAIT_S, FakeDuck, listening, plan_for
+from tests.flocks import KEY, WAIT_S, FakeDuck, info_logger, listening, plan_for
 
 # Asks and answers of three datagrams and more.
 HIDDEN = 1024
@@ -314,3 +315,27 @@ async def test_notes_that_no_duck_sent(pond: Pond, kind: Kind) -> None:
     await _until(lambda: pond.plane.malformed == malformed + 1)
     assert pond.plane._heard[0] == heard
     await _answered(pond, ask)
+
+
+async def test_what_was_no_hosts_is_logged_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duck.transports.listen._log", info_logger())
+    handler = FakeDuck(0)
+    with capture_logs() as logs:
+        async with listening(handler, key=KEY) as (address, end):
+            transport = MulticastTransport([address], credentials=HOST)
+            try:
+                await transport.start(PLAN)
+                pond = Pond(transport, end, handler)
+                await pond.right(1)
+                pond.at_group.sender = ("127.0.0.9", 9)
+                pond.at_group.extra = [b"quack"] * 3
+                pond.feed._readable(pond.feed._sockets[1])
+                assert pond.feed.strangers == 3
+            finally:
+                handler.let_go()
+                await transport.close()
+            await _until(lambda: not end._sessions)
+    (event,) = [log for log in logs if log["event"] == "session_ended"]
+    assert (event["strangers"], event["log_level"]) == (3, "info")
+    assert event["reason"] == "the host said goodbye"
+    assert "malformed" not in event

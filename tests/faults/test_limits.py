@@ -38,7 +38,9 @@ def test_too_few_files(folder: Path, command: str, files: int) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(
-        rf"duck: this process may have {files} files open \(ulimit -n\): run ulimit -n 2048; "
+        rf"duck: this process may have {files} files open \(ulimit -n\), and its hard limit is "
+        rf"{files} \(ulimit -Hn\): have 2048 allowed, by nofile in /etc/security/limits\.conf, or "
+        r"LimitNOFILE of its systemd unit; "
         r"\d+ of them are free, want 48\n",
         done.stderr,
     )
@@ -53,5 +55,6 @@ def test_a_limit_that_may_be_raised_is(folder: Path) -> None:
 def test_files_that_run_out_in_between(folder: Path) -> None:
     done = _run("-n 64", "generate", folder, "--prompt-ids", "5,6", "--ducks", "local:64")
     assert done.returncode == 2
-    told = "this process may have 64 files open (ulimit -n): run ulimit -n 2048"
-    assert done.stderr == f"duck: cannot go on: {told}\n"
+    told = "this process may have 64 files open (ulimit -n), and its hard limit is 64 (ulimit -Hn)"
+    assert done.stderr.startswith(f"duck: cannot go on: {told}: have 2048 allowed, ")
+    assert done.stderr.count("\n") == 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -15,13 +16,16 @@ import pytest
 from duck import wire
 from duck.errors import DuckLost, TransportClosed, TransportError, WireError
 from duck.kernels import library
+from duck.keys import ClusterKey
 from duck.placement import Plan
 from duck.transports import base, control
 from duck.transports.base import Ask
+from duck.transports.control import _NO_WAY
 from duck.transports.listen import ListeningDuck
 from duck.transports.tcp import TcpTransport
+from duck.transports.tls import Credentials, Role
 from tests.faults.peers import Peer, ScriptedDuck, answer, host_of
-from tests.flocks import WAIT_S, FakeDuck, listening, plan_for
+from tests.flocks import KEY, WAIT_S, FakeDuck, listening, plan_for
 
 PLAN = plan_for(1)
 IDS = np.zeros((1, 2), np.int32)
@@ -119,7 +123,12 @@ def _writes(data: bytes) -> Callable[[Peer, dict[str, Any]], Awaitable[None]]:
             _writes(b"SSH-2.0-OpenSSH_9.2p1\r\n"),
             r"127\.0\.0\.1:\d+ is not a duck \(it answered 'SSH-2.0-OpenSSH_9.2p1'\)$",
         ),
-        (_writes(b"\0\0\1\1HTTP"), r": control message of 16842752 bytes, at most 1048576"),
+        (
+            _writes(b"\0\0\1\1HTTP"),
+            r"127\.0\.0\.1:\d+ is not a duck \(it answered bytes 00 00 01 01 48 54 54 50\)$",
+        ),
+        (_writes(b"\1\0\0\0\xc1"), r"is not a duck \(it answered bytes 01 00 00 00 c1\)$"),
+        (_says({"t": "HELLO"}), r"is not a duck \(it answered what it was sent\)$"),
     ],
 )
 async def test_answers_to_hello_that_are_none(script: Any, told: str) -> None:
@@ -138,7 +147,8 @@ async def test_a_duck_that_closes_instead_of_answering() -> None:
 
 async def test_a_duck_that_accepts_and_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "CONNECT_S", 0.05)
-    with pytest.raises(DuckLost, match="no WELCOME and no sign of life") as caught:
+    told = r"no WELCOME and no sign of life for .*; is 127\.0\.0\.1:\d+ a duck\?$"
+    with pytest.raises(DuckLost, match=told) as caught:
         await _start(ScriptedDuck(script=_says()))
     assert caught.value.waited_ms >= 50
 
@@ -188,11 +198,36 @@ async def test_a_duck_that_loads_for_ever(monkeypatch: pytest.MonkeyPatch) -> No
     assert caught.value.waited_ms >= 50
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:1", "no.such.host.invalid:1", "..:1"])
-async def test_nobody_there(host: str) -> None:
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        ("127.0.0.1:1", r"duck node --listen 127.0.0.1:1 --model DIR \(or --store DIR\)$"),
+        ("no.such.host.invalid:1", "check the name in no.such.host.invalid:1, or give"),
+        ("..:1", "check the name in ..:1, or give"),
+    ],
+)
+async def test_nobody_there(host: str, told: str) -> None:
     transport = TcpTransport([host])
-    with pytest.raises(TransportError, match=f"cannot reach duck 0 .*duck node --listen {host}"):
+    with pytest.raises(TransportError, match=f"cannot reach duck 0 .*{told}"):
         await transport.start(PLAN)
+
+
+@pytest.mark.parametrize(
+    ("address", "key", "number", "told"),
+    [
+        ("10.0.0.1:5", None, errno.ENETUNREACH, "check 10.0.0.1:5, and the network"),
+        ("10.0.0.1:5", None, errno.EHOSTUNREACH, "check 10.0.0.1:5, and the network"),
+        ("10.0.0.1:5", None, errno.ECONNREFUSED, "--insecure, or better --key-file FILE on both"),
+        ("10.0.0.1:5", KEY, errno.ECONNREFUSED, "(or --store DIR) --key-file FILE"),
+        ("127.0.0.1:5", KEY, errno.ECONNREFUSED, "(or --store DIR) --key-file FILE"),
+        ("127.0.0.1:5", None, errno.ECONNREFUSED, "(or --store DIR)"),
+    ],
+)
+def test_advice(address: str, key: ClusterKey | None, number: int, told: str) -> None:
+    credentials = Credentials(key, Role.HOST) if key else None
+    transport = TcpTransport([address], credentials=credentials)
+    assert transport._advice(address, OSError(number, "no")).endswith(told) or number in _NO_WAY
+    assert told in transport._advice(address, OSError(number, "no"))
 
 
 async def test_one_duck_refuses_and_the_others_are_let_go() -> None:

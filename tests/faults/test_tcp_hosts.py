@@ -26,7 +26,7 @@ from duck.transports.listen import ListeningDuck
 from duck.transports.tcp import TcpDuckPlane, TcpTransport
 from tests.checkpoints import CONFIG, make_checkpoint
 from tests.faults.peers import Host, Peer, hello
-from tests.flocks import WAIT_S, FakeDuck, listening, plan_for
+from tests.flocks import WAIT_S, FakeDuck, info_logger, listening, plan_for
 
 PLAN = plan_for(1)
 OTHER_SLICE = plan_for(2)
@@ -74,6 +74,28 @@ async def _until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110 (it is not ours to make an event of)
             await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+async def test_the_end_of_a_session_is_logged(
+    served: tuple[str, ListeningDuck], monkeypatch: pytest.MonkeyPatch, goodbye: bool
+) -> None:
+    monkeypatch.setattr("duck.transports.listen._log", info_logger())
+    address, end = served
+    with capture_logs() as logs:
+        control = await Peer.connect(address)
+        control.say("HELLO", **hello(PLAN))
+        assert (await control.hear())["t"] == "WELCOME"
+        if goodbye:
+            control.say("BYE")
+        else:
+            control.close()
+        await _until(lambda: any(log["event"] == "session_ended" for log in logs))
+    (event,) = [log for log in logs if log["event"] == "session_ended"]
+    assert event["reason"] == ("the host said goodbye" if goodbye else "connection closed")
+    assert event["peer"].startswith("127.0.0.1:")
+    assert event["seconds"] >= 0
+    assert not end._sessions
 
 
 # --- strangers

@@ -93,7 +93,13 @@ IDS = ("--prompt-ids", "5,6,7")
         (("bench", "transport", "--faults", "drop=60%"), "--faults 'drop=60%'"),
         (("bench", "transport", "--faults", "seed=1,kill=1%"), "--faults 'kill=1%'"),
         (("bench", "transport", "--faults", "drop=1%"), "--faults drop: only multicast stands it"),
+        (
+            ("bench", "transport", "--transport", "shm,tcp", "--loss", "1%"),
+            "--loss 1%: only multicast has datagrams of ours to drop",
+        ),
         (("bench", "transport", "--seconds", "nan"), "--seconds nan"),
+        (("bench", "transport", "--seconds", "0"), "--seconds 0.0: want more than 0, up to 3600"),
+        (("generate", "MODEL", *IDS, "--ducks", "a:0"), "want HOST:PORT with a port of 1..65535"),
         (("bench", "transport", "--plot", "x.png"), "--plot draws latency over loss"),
         (("bench", "transport", "--plot", "x.xyz"), "--plot 'x.xyz': pictures are PNG"),
         (("bench", "transport", "--plot", ""), "--plot '' is no file"),

@@ -107,7 +107,11 @@ def test_labels_name_ducks_as_the_user_does(tmp_path: Path) -> None:
         ("[[duck]\n", "flock.toml"),
         ("[[duck]]\nname = 'a'", "wants address"),
         ("[[duck]]\naddress = 4000", "wants address"),
-        ("[[duck]]\naddress = 'pond'", "HOST:PORT"),
+        (
+            "[[duck]]\naddress = 'pond'",
+            r"flock.toml: \[\[duck\]\] 0: address 'pond': want HOST:PORT",
+        ),
+        ("[[duck]]\naddress = 'a:0'", r"flock.toml: \[\[duck\]\] 0: .* a port of 1..65535"),
         ("[[duck]]\naddress = 'a:1'\n[[duck]]\naddress = 'a:1'", "appears twice"),
         ("[[duck]]\naddress = 'a:1'\nport = 5", "has port; known are"),
         ("pond = 1\n[[duck]]\naddress = 'a:1'", "has pond; known are"),
@@ -212,7 +216,16 @@ def test_a_length_is_a_whole_number(length: Any) -> None:
 FLOCK = "".join(f'[[duck]]\naddress = "pond:{n}"\n' for n in (1, 2)) + "{}\n"
 
 
-@pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan", "true", '"2"', "[]"])
+def test_a_flock_file_that_begins_with_a_mark(tmp_path: Path) -> None:
+    """As some editors write UTF-8."""
+    file = tmp_path / "flock.toml"
+    file.write_text(FLOCK.format(""), encoding="utf-8-sig")
+    assert Ducks.parse(str(file)).addresses == ("pond:1", "pond:2")
+
+
+@pytest.mark.parametrize(
+    "weight", ["0", "-1", "inf", "nan", "true", '"2"', "[]", "1e300", "1e-300", "9" * 400]
+)
 def test_weights_that_are_none(tmp_path: Path, weight: str) -> None:
     file = tmp_path / "flock.toml"
     file.write_text(FLOCK.format(f"weight = {weight}"))

@@ -554,9 +554,26 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_library_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_library_is_found(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.find_library().name == build.file_name()
+    assert capfd.readouterr().err == ""
+
+
+def test_who_waits_for_the_compiler_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    compiler = tmp_path / "compiler"  # writes its output, and is quick about it
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho made > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    for told in ("duck: building the native library (once)\n", ""):
+        assert build.find_library().read_text() == "made\n"
+        assert capfd.readouterr().err == told
 
 
 def test_bench() -> None:
