@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from duck.errors import ConfigError
@@ -22,7 +22,8 @@ class Budget:
     """What a host will hold, and what that leaves.
 
     kv_bytes: of one session of max_len tokens. free_bytes: what weights, session and scratch leave;
-    None where the system does not say. context: tokens the model was made for.
+    None where the system does not say. context: tokens the model was made for. shortened: memory,
+    and nobody's wish, is why a session may not be as long.
     """
 
     holding: Holding
@@ -30,6 +31,7 @@ class Budget:
     kv_bytes: int
     free_bytes: int | None
     context: int
+    shortened: bool = False
 
     def needs(self) -> str:
         """In words: "weights 17,634 MiB, KV 2,442 MiB at 64,000 tokens"."""
@@ -41,6 +43,8 @@ class Budget:
         text = self.needs()
         if self.free_bytes is not None:
             text += f", free {_mib(self.free_bytes)}"
+        if self.shortened:
+            text += f"; for the model's {self.context:,} tokens memory has no room"
         return text
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def plan_memory(
         ConfigError: the weights, or a session of max_len tokens, do not fit; says what would.
     """
 
-    def budget(length: int | None, kv: str = kv) -> Budget:
+    def budget(length: int | None, kv: str = kv, dtype: str = dtype) -> Budget:
         holding = Holding.choose(
             config, dtype=dtype, kv=kv, indexer=indexer, max_len=length, fp8_kept=fp8_kept
         )
@@ -98,12 +102,15 @@ def plan_memory(
         return whole
     fits = longest()
     if max_len is None and fits >= min(_LEAST, config.max_position_embeddings):
-        return budget(fits)
+        return replace(budget(fits), shortened=True)
     ways = [f"--max-len {fits}"] if fits else []
     if whole.holding.kv != "fp8" and (more := longest("fp8")) > fits:
-        ways.append(f"--kv fp8 (up to {more} tokens)")
-    if dtype == "float32":
-        ways.append("--dtype bfloat16")
+        also = f" --max-len {more}" if more < whole.holding.max_len else ""
+        ways.append(f"--kv fp8{also}")
+    wanted = max_len or min(_LEAST, config.max_position_embeddings)
+    if dtype == "float32" and (budget(wanted, "fp8", "bfloat16").free_bytes or 0) >= 0:
+        enough = (budget(wanted, dtype="bfloat16").free_bytes or 0) >= 0
+        ways.append("--dtype bfloat16" + ("" if enough else " --kv fp8"))
     ways.append("a machine with more")
     raise ConfigError(
         f"{whole.needs()}, {_mib(-whole.free_bytes)} more than {device} memory has free; what "

@@ -250,6 +250,15 @@ def _trace_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     summarize.set_defaults(command=_summarize)
 
 
+def _tokens(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r}: want a whole number of tokens, up to the model's context"
+        ) from None
+
+
 def _flock_options(parser: argparse.ArgumentParser) -> None:
     flock = parser.add_argument_group("flock")
     flock.add_argument(
@@ -279,7 +288,7 @@ def _flock_options(parser: argparse.ArgumentParser) -> None:
             shown += f" (planned: {', '.join(planned)})"
         flock.add_argument(f"--{name}", default=ready[0], metavar="X", help=f"{shown}: {text}")
     flock.add_argument(
-        "--max-len", type=int, metavar="N",
+        "--max-len", type=_tokens, metavar="N",
         help="tokens a session may hold (default: the model's context, if memory has room)",
     )  # fmt: skip
     flock.add_argument(

@@ -139,6 +139,9 @@ class Options:
             output_file("trace", self.trace, beside=True)
         if self.memory_trace is not None:
             output_file("memory-trace", self.memory_trace)
+            both = [Path(path).resolve() for path in (self.trace, self.memory_trace) if path]
+            if len(both) == 2 and both[0] == both[1]:
+                raise ConfigError(f"--trace and --memory-trace {self.trace}: want two files")
         if not isinstance(self.ducks, str):
             raise ConfigError(f"--ducks {self.ducks!r}: want a text, as local:2 or HOST:PORT")
         if self.max_len is not None and type(self.max_len) is not int:

@@ -49,8 +49,8 @@ def _runner() -> Iterator[asyncio.Runner]:
 
 
 def _tell_memory(budget: Budget, *, verbose: bool = False) -> None:
-    """What memory is for, before it is taken; like progress, for people alone."""
-    if verbose or sys.stderr.isatty():
+    """What memory is for, before it is taken: for people, and for all when it is too little."""
+    if verbose or budget.shortened or sys.stderr.isatty():
         _console.print(f"[dim]{budget}[/dim]", highlight=False, soft_wrap=True)
 
 

@@ -41,17 +41,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem is not None:
         print(f"gpu_check: {problem}", file=sys.stderr)
         return 2
+    if args.json is not None:
+        try:
+            args.json.touch()
+        except OSError as error:
+            print(f"gpu_check: --json {args.json}: {error.strerror}", file=sys.stderr)
+            return 2
     result = measure(args)
     print(report(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(check["ok"] for check in result["checks"]) else 1
+    unchecked = any(name.startswith("checks: ") for name in result["skipped"])
+    return 0 if all(check["ok"] for check in result["checks"]) and not unchecked else 1
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Check and time the GPU kernels at DeepSeek-V3.2's shapes.",
-        epilog="Exit code: 0 correct, 1 a kernel is wrong, 2 no GPU that can run them.",
+        epilog="Exit code: 0 correct, 1 a kernel is wrong or was not checked in time, 2 no GPU "
+        "that can run them, or a mistake in the options.",
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: interpreted"
@@ -62,6 +70,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=500, help="start nothing after (500)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     args = parser.parse_args(argv)
+    if not args.seconds >= 1:
+        parser.error(f"--seconds {args.seconds:g}: want at least 1")
     if args.layers < 1:
         parser.error(f"--layers {args.layers}: want at least 1")
     if args.device == "cpu" and not args.tiny:

@@ -141,3 +141,23 @@ def test_the_tables(gpu_check: ModuleType) -> None:
     assert "900.5    250.2    70.0    28%       31 MISSED (2 bounds + 2 us each)" in text
     assert "left out: layers: 2 of 62, which do not fit" in text
     assert max(map(len, text.splitlines())) <= 110
+
+
+def test_what_was_not_checked_is_not_correct(
+    gpu_check: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left: dict[str, list[str]] = {"checks": [], "skipped": ["checks: linear"]}
+    monkeypatch.setattr(gpu_check, "measure", lambda _: left)
+    monkeypatch.setattr(gpu_check, "report", lambda _: "")
+    words = ["--device", "cpu", "--tiny", "--only", "checks"]
+    assert gpu_check.main(words) == 1
+    left["skipped"] = ["layers: 2 of 62, which do not fit"]
+    assert gpu_check.main(words) == 0
+    assert gpu_check.main([*words, "--json", str(tmp_path / "none" / "x.json")]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_check.main([*words, "--seconds", "-1"])
+    assert "--seconds -1: want at least 1" in capsys.readouterr().err

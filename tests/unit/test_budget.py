@@ -152,7 +152,9 @@ def test_without_a_length_it_is_what_fits(v32: ModelConfig) -> None:
     assert 0 <= cut.free_bytes < MIB
     with pytest.raises(ConfigError, match=f"what helps: --max-len {cut.holding.max_len}, --kv fp8"):
         plan(v32, less, max_len=cut.holding.max_len + 1)
-    assert plan(v32, less, max_len=cut.holding.max_len) == cut
+    assert replace(plan(v32, less, max_len=cut.holding.max_len), shortened=True) == cut
+    assert str(cut).endswith("; for the model's 163,840 tokens memory has no room")
+    assert "no room" not in str(whole)
 
 
 def test_what_does_not_fit_is_refused(v32: ModelConfig) -> None:
@@ -164,13 +166,15 @@ def test_what_does_not_fit_is_refused(v32: ModelConfig) -> None:
     assert text.startswith("weights ")
     assert "MiB more than cpu memory has free; what helps: a machine with more" in text
     assert "--max-len" not in text  # not even one token fits
+    with pytest.raises(ConfigError, match="free; what helps: a machine with more"):
+        plan(v32, weights, dtype="float32")  # nor would it in bfloat16
     with pytest.raises(ConfigError, match="what helps: --dtype bfloat16, a machine with more"):
-        plan(v32, weights, dtype="float32")
+        plan(v32, weights + 4_000, dtype="float32", max_len=2048)
     # Fewer tokens than anybody would want are not taken without being asked for.
     whole = plan(v32, 100_000, max_len=1000)
     assert whole.free_bytes is not None
     less = 100_000 - whole.free_bytes // MIB
-    with pytest.raises(ConfigError, match=r"what helps: --max-len 10\d\d, --kv fp8 \(up to 1\d"):
+    with pytest.raises(ConfigError, match=r"what helps: --max-len 10\d\d, --kv fp8 --max-len 1\d"):
         plan(v32, less)
     assert plan(v32, less, max_len=1000).holding.indexer is None
 

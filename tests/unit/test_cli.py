@@ -65,6 +65,11 @@ IDS = ("--prompt-ids", "5,6,7")
         (("trace",), "WHAT"),
         (("generate", "MODEL", *IDS, "--transport", "loopback", "--ducks", "h:1"), "inside this"),
         (("generate", "MODEL", *IDS, "--max-len", "0"), "--max-len 0: the model's context is 2560"),
+        (("generate", "MODEL", *IDS, "--max-len", "64k"), "'64k': want a whole number of tokens"),
+        (
+            ("generate", "MODEL", *IDS, "--trace", "t.json", "--memory-trace", "./t.json"),
+            "--trace and --memory-trace t.json: want two files",
+        ),
         (("generate", "MODEL", *IDS, "--max-len", "3"), "a session holds 3 tokens (--max-len)"),
         (("generate", "MODEL", *IDS, "--kv", "int4"), "--kv 'int4': want one of auto, bf16, fp8"),
         (("generate", "MODEL", *IDS, "--indexer", "on"), "want one of auto, exact, fp8"),
