@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 
 from duck import wire
-from duck.errors import DuckLost, WireError
+from duck.errors import DuckLost, WeightsError, WireError
 from duck.kernels import library
 from duck.placement import Plan
 from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Rows, Transport
@@ -17,8 +17,9 @@ from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Rows, Transport
 class FlockAsk:
     """An ask on its way. Whoever holds it closes it, whatever became of it."""
 
-    def __init__(self, ask: Ask, flock: Flock) -> None:
+    def __init__(self, ask: Ask, flock: Flock, x: np.ndarray) -> None:
         self._ask, self._flock = ask, flock
+        self._x = x  # for who is to blame; the caller's, who may have made other use of it since
         self._rows: Rows | None = None
         # (queue, compute) of each duck, known once it has arrived
         self.ducks_us: tuple[tuple[int, int], ...] = ()
@@ -42,11 +43,17 @@ class FlockAsk:
 
         Raises:
             WireError: it is not finite.
+            WeightsError: nor were the rows that the ducks got.
         """
         assert self._rows is not None
         partials = self._rows.partials(self._ask.count)
         total, finite = add_up(partials)
         if not finite:
+            if not np.isfinite(wire.to_float32(self._x)).all():
+                raise WeightsError(
+                    f"the rows at layer {self._ask.layer} were no numbers before any duck had "
+                    "them: the weights overflow on the host; --dtype float32 holds the most"
+                )
             numbers = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
             bad = [str(duck) for duck, good in enumerate(numbers) if not good]
             raise WireError(
@@ -152,7 +159,7 @@ class Flock:
             ask = self._transport.ask(layer, x, ids, weights, rows, deadline=deadline)
         except DuckLost as lost:
             raise await self.explained(lost) from None
-        return FlockAsk(ask, self)
+        return FlockAsk(ask, self, x)
 
     async def close(self) -> None:
         await self._transport.close()

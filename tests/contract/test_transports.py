@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
+from duck.errors import (
+    DuckError,
+    DuckLost,
+    TransportClosed,
+    TransportError,
+    WeightsError,
+    WireError,
+)
 from duck.flock import Flock, FlockAsk
 from duck.transports import listen
 from duck.transports.base import SMALL_SETS
@@ -119,6 +126,16 @@ async def test_sums_that_are_no_numbers(
         with pytest.raises(WireError, match=told):
             await ask.sum()
         assert flock.free == free
+
+
+async def test_rows_that_were_no_numbers_on_the_host(kind: str) -> None:
+    """No duck is to blame."""
+    async with fake_flock(kind) as flock:
+        x, ids, weights = flock.inputs(1)
+        x[0, 3] = np.nan
+        ask = await Flock(flock.transport, flock.plan).ask(1, x, ids, weights)
+        with pytest.raises(WeightsError, match="layer 1 were no numbers before any duck had them"):
+            await ask.sum()
 
 
 class _Counted(Coroutine[Any, Any, Any]):
