@@ -115,9 +115,8 @@ def bench_transport(
             for count in ducks:
                 with _ducks(count, others) as addresses:
                     for transport in transports:
-                        rates = [0.0, *losses] if transport in LOSSY else [0.0]
                         cells = [(0.0, faults) for faults in tries] + [
-                            (loss, None) for loss in rates[1:]
+                            (loss, None) for loss in losses if transport in LOSSY
                         ]
                         for size, (loss, bad) in itertools.product(rows, cells):
                             cell = _Cell(transport, count, size, loss, bad is not None)

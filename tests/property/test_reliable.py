@@ -599,3 +599,31 @@ def test_a_train_is_the_message(message: bytes, sixteenths: int) -> None:
 @pytest.mark.parametrize(("mtu", "payload"), [(1500, 1440), (9000, 8928), (65536, 8928)])
 def test_cuts_fill_their_packets(mtu: int, payload: int) -> None:
     assert Cut.for_mtu(mtu).payload_bytes == payload
+
+
+@pytest.mark.parametrize("answered", [0, 1, 2])
+def test_a_duck_is_missed_soon_after_the_others_answered(answered: int) -> None:
+    """All take 5 or 15 ms, but about the same in each round: who is silent when others are not is
+    asked again after a millisecond or two, and not after as long as a round may take.
+    """
+    half, now = HostHalf(3, Cut(48)), 0.0
+    for ticket in range(1, 60):
+        half.open(ticket, 1, 40, 40, now)
+        for duck in range(3):
+            half.landed(duck, ticket, 1, now + (0.005, 0.015)[ticket % 2] + duck * 1e-4)
+        half.close(ticket)
+        now += 0.1
+    half.open(60, 1, 40, 40, now)
+    for duck in range(answered):
+        half.landed(duck, 60, 1, now + 0.005)
+    asked: list[Send] = []
+    while not asked:
+        now_due = half.wake_at
+        asked = [send for send in half.due(now_due) if isinstance(send, Send)]
+    waited = now_due - now
+    assert {send.kind for send in asked} == {wire.Kind.ASK}
+    if answered:
+        assert waited < 0.008
+        assert {send.duck for send in asked} == set(range(answered, 3))
+    else:
+        assert waited > 0.015
