@@ -329,13 +329,19 @@ class HostHalf:
         bits = run.bits
         fresh = owed.missing[duck] & bits
         if fresh != bits:
-            again = run.fragments - fresh.bit_count()
-            self.counts.duplicates += again
-            self._needless(duck, 1 << duck, owed.nacked, owed.probed)
+            self._doubled(owed, duck, bits & ~fresh)
             if not fresh:
                 return False
         self._landed(owed, duck, bits, now)
         return True
+
+    def doubled(self, duck: int, ticket: int, bits: int) -> None:
+        """These fragments of the answer to an open ask came again."""
+        self._doubled(self._open[ticket], duck, bits)
+
+    def _doubled(self, owed: _Owed, duck: int, bits: int) -> None:
+        self.counts.duplicates += bits.bit_count()
+        self._needless(duck, 1 << duck, owed.nacked, owed.probed)
 
     def missing(self, duck: int, ticket: int) -> int:
         """The fragments that this duck's answer to an open ask lacks, as bits."""

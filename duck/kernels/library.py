@@ -28,7 +28,7 @@ OK, BAD_SHAPE, NO_MEMORY, NO_ISA, NOT_A_NUMBER, BAD_ID, TWICE, NOT_LOADED = rang
 """Status codes of duck.h."""
 MESSAGE_NONE, MESSAGE_GOOD, MESSAGE_BAD, MESSAGE_OTHER = range(4)
 """States of duck.h's messages."""
-EVENT_ENDED, EVENT_READABLE = 4, 5
+EVENT_ENDED, EVENT_READABLE, EVENT_DOUBLED = 4, 5, 6
 """What else its events are."""
 SWIFT_BYTES = 1 << 16
 """What passes over at most so many bytes takes microseconds: see `swift`."""
@@ -67,26 +67,24 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_bf16_from_f32": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_f32_from_bf16": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_rows_sum": (c_int, [c_void_p, c_size_t, c_int, c_size_t, c_int, c_void_p]),
-    "duck_inlets_receive": (c_int, [c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int]),
-    "duck_inlets_send": (c_int, [c_void_p, c_int, c_void_p, c_size_t, c_void_p]),
-    "duck_datagrams_receive": (
-        None,
-        [
-            c_int,
-            c_void_p,
-            c_size_t,
-            c_size_t,
-            c_void_p,
-            c_int,
-            c_void_p,
-            c_int,
-            c_void_p,
-            c_int,
-            c_void_p,
-            c_int,
-            c_void_p,
-        ],
+    "duck_receiver_create": (
+        c_int,
+        [c_int, c_size_t, c_int, c_int, c_int, c_void_p, ctypes.POINTER(c_void_p)],
     ),
+    "duck_receiver_destroy": (None, [c_void_p]),
+    "duck_receiver_descriptor": (c_int, [c_void_p]),
+    "duck_receiver_connection": (c_int, [c_void_p, c_int, c_int]),
+    "duck_receiver_datagrams": (c_int, [c_void_p, c_int]),
+    "duck_receiver_sender": (None, [c_void_p, c_int, c_uint64]),
+    "duck_receiver_open": (None, [c_void_p, c_void_p, c_void_p, c_size_t]),
+    "duck_receiver_forget": (c_int, [c_void_p, c_uint32, c_void_p]),
+    "duck_receiver_came": (None, [c_void_p, c_uint32, c_int]),
+    "duck_receiver_again": (None, [c_void_p, c_uint32, c_int]),
+    "duck_receiver_begun": (c_size_t, [c_void_p, c_int, c_void_p, c_size_t]),
+    "duck_receiver_resume": (c_int, [c_void_p, c_int]),
+    "duck_receiver_drop": (None, [c_void_p, c_int]),
+    "duck_receiver_collect": (None, [c_void_p] * 5),
+    "duck_receiver_send": (c_int, [c_void_p, c_void_p, c_size_t, c_void_p]),
 }
 
 

@@ -26,6 +26,7 @@ import asyncio
 import struct
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -263,6 +264,8 @@ class AskTable:
         self.closed = False
         self.late_answers = 0
         self.on_cancel: Callable[[Ask], None] | None = None
+        # The ask is open no more, however it ended: nothing may be written to its rows from now on.
+        self.on_end: Callable[[Ask], None] | None = None
         self.on_tick: Callable[[], None] | None = None
         self.on_lose: Callable[[], None] | None = None
         self._next = 1
@@ -304,22 +307,35 @@ class AskTable:
         if ask.gather.note(duck, fragment, fragments) and ask.gather.has(duck):
             self._came(ask, (duck,))
 
-    def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
-        """All of these ducks' verified answers lie in the row set, in however many fragments."""
-        self._came(ask, ducks)
+    def arrived_whole(
+        self, ask: Ask, ducks: Iterable[int], at: Iterable[float] | None = None
+    ) -> None:
+        """All of these ducks' verified answers lie in the row set, in however many fragments.
 
-    def _came(self, ask: Ask, ducks: Iterable[int]) -> None:
+        at: when each was there, in perf_counter's seconds; now if not given.
+        """
+        self._came(ask, ducks, at)
+
+    def _came(self, ask: Ask, ducks: Iterable[int], at: Iterable[float] | None = None) -> None:
         now, gather, arrived_at = time.perf_counter(), ask.gather, ask.arrived_at
-        for duck in ducks:
+        for duck, when in zip(ducks, repeat(now) if at is None else at, strict=False):
             gather.note_whole(duck)
-            arrived_at[duck] = now
-        if gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
+            arrived_at[duck] = when
+        if gather.complete and self._end(ask):
             ask.done_at = now
             if not ask._future.done():
                 ask._future.set_result(ask.rows)
 
+    def _end(self, ask: Ask) -> bool:
+        """The ask is open no more; False if it was not."""
+        if self.open_asks.pop(ask.ticket, None) is None:
+            return False
+        if self.on_end:
+            self.on_end(ask)
+        return True
+
     def cancel(self, ask: Ask) -> None:
-        if self.open_asks.pop(ask.ticket, None) is not None:
+        if self._end(ask):
             if self.on_cancel:
                 self.on_cancel(ask)
             ask._future.cancel()
@@ -327,7 +343,7 @@ class AskTable:
 
     def fail(self, ask: Ask, error: TransportError) -> None:
         """End one ask with an error and free its rows."""
-        if self.open_asks.pop(ask.ticket, None) is None:
+        if not self._end(ask):
             return
         if not ask._future.done():
             ask._future.set_exception(error)

@@ -113,6 +113,13 @@ class Plane(Protocol):
         """A hint to the ducks that have not answered: nobody waits any more."""
         ...
 
+    def forget(self, ask: Ask) -> None:
+        """The ask has ended in whatever way; its rows must not be written to from now on.
+
+        Called before they can serve another ask, and before `cancel` if it was cancelled.
+        """
+        ...
+
     def tick(self) -> None:
         """Called every `TICK_S`."""
         ...
@@ -177,7 +184,7 @@ class FlockTransport:
         assert plan.ducks == len(self.addresses)
         self.plan = plan
         self._table = AskTable(plan, self.labels, self._pin)
-        self._table.on_cancel = self.plane.cancel
+        self._table.on_cancel, self._table.on_end = self.plane.cancel, self.plane.forget
         try:
             await self._gather()
         except BaseException:  # also when told to stop

@@ -172,22 +172,18 @@ class UdpSocket:
 
     @property
     def collects(self) -> bool:
-        """Whether `collect` may take the place of `drain`."""
+        """Whether a `receive.Receiver` may do what `drain` does."""
         return receive.is_available()
 
-    def collect(
-        self, drain: receive.Drain
-    ) -> tuple[Iterator[receive.Event], Iterator[tuple[memoryview, int, Address]]]:
-        """As `drain`, but for the answers of open asks: those are where they belong already."""
-        found = drain.receive(self.socket.fileno())
-        self.calls += found.calls
-        self.datagrams += found.datagrams
-        return found.events, found.trains
+    def deafen(self) -> None:
+        """Listen no more: another receives."""
+        if self._loop:
+            self._loop.remove_reader(self.socket)
+            self._loop = None
 
     def close(self) -> None:
         """Listen no more, and give the socket back."""
-        if self._loop:
-            self._loop.remove_reader(self.socket)
+        self.deafen()
         self.socket.close()
 
 

@@ -187,7 +187,7 @@ def disturb(table: AskTable, faults: Faults[Note]) -> Callable[[], None]:
     def arrived(ask: Ask, duck: int, fragment: int, fragments: int) -> None:
         pump.put((ask, duck, fragment, fragments))
 
-    def arrived_whole(ask: Ask, ducks: Iterable[int]) -> None:
+    def arrived_whole(ask: Ask, ducks: Iterable[int], at: Iterable[float] | None = None) -> None:
         for duck in ducks:
             for fragment in range(ask.fragments):
                 arrived(ask, duck, fragment, ask.fragments)
@@ -260,6 +260,9 @@ class FaultyPlane:
 
     def cancel(self, ask: Ask) -> None:
         self._plane.cancel(ask)
+
+    def forget(self, ask: Ask) -> None:
+        self._plane.forget(ask)
 
     def tick(self) -> None:
         self._plane.tick()

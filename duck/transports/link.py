@@ -102,7 +102,7 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
         connection = transport.get_extra_info("socket")
-        self._descriptor = connection.fileno() if connection is not None else -1
+        self.descriptor = connection.fileno() if connection is not None else -1
         if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -254,7 +254,7 @@ class Link(asyncio.BufferedProtocol):
         rest: bytes | bytearray | memoryview = data
         if not transport.get_write_buffer_size():
             try:
-                sent = os.write(self._descriptor, data)
+                sent = os.write(self.descriptor, data)
             except OSError:  # the transport meets it too, and knows what to do
                 sent = 0
             if sent == len(data):
@@ -290,7 +290,7 @@ class Link(asyncio.BufferedProtocol):
     def hand_over(self) -> int:
         """The descriptor, for whoever receives from now on; `feed` and `read` take the rest."""
         self.transport.pause_reading()
-        return self._descriptor
+        return self.descriptor
 
     def feed(self, data: bytes) -> None:
         """Take bytes that somebody else has received."""
@@ -307,7 +307,7 @@ class Link(asyncio.BufferedProtocol):
         if self.transport.is_closing():
             return
         try:
-            count = os.readv(self._descriptor, [self.get_buffer(-1)])
+            count = os.readv(self.descriptor, [self.get_buffer(-1)])
         except BlockingIOError:
             return
         except OSError as error:

@@ -25,7 +25,7 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,7 +50,7 @@ from duck.transports.datagrams import (
 )
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
-from duck.transports.receive import Arriving, Drain, OpenAsks, Waiting
+from duck.transports.receive import Arriving, Receiver, Waiting
 from duck.transports.sealed import message_front
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
 from duck.transports.timer import Timer
@@ -182,10 +182,7 @@ class MulticastPlane:
         self._largest = wire.STAMP_BYTES + plan.shape.answer_bytes(self._small) + self._tag_bytes
         # Sealed answers are put together here.
         self._arriving = Arriving(plan.ducks, self._largest)
-        # What receives them, once all agree on how they are cut.
-        check = flock.keys is None and self._tcp.checksum is library.crc32c
-        self._open = OpenAsks(flock.session, plan.ducks, 0, check)
-        self._drain: Drain | None = None
+        self._receiver: Receiver | None = None  # once all agree on how answers are cut
         self._heard = [0] * plan.ducks
         self._warned: set[int] = set()  # ducks that multicasts do not reach
         self._agreed: asyncio.Future[None] = self._loop.create_future()
@@ -288,9 +285,7 @@ class MulticastPlane:
                 self._cut = cut
                 self._half = HostHalf(self._flock.plan.ducks, cut)
                 if all(nic.socket.collects for nic in self._nics.values()):
-                    self._drain = Drain(self._flock.plan.ducks, self._open, cut.payload_bytes)
-                    for duck, address in self._addresses.items():
-                        self._drain.add(duck, address)
+                    self._receive_natively(cut)
                 return
         duck = min(silent)
         nic = self._nic_of[duck]
@@ -301,6 +296,19 @@ class MulticastPlane:
             "UDP pass the firewalls and multicast pass the switches; if a cable on the way carries "
             f"less, set mtu ({MIN_MTU} or more) under [host] in flock.toml; or use --transport tcp"
         )
+
+    def _receive_natively(self, cut: Cut) -> None:
+        flock = self._flock
+        check = flock.keys is None and self._tcp.checksum is library.crc32c
+        self._receiver = receiver = Receiver(
+            flock.session, flock.plan.ducks, check=check, payload_bytes=cut.payload_bytes
+        )
+        for duck, address in self._addresses.items():
+            receiver.add_sender(duck, address)
+        for nic in self._nics.values():
+            nic.socket.deafen()
+            receiver.add_socket(nic.socket.socket.fileno())
+        self._loop.add_reader(receiver.descriptor, self._collect)
 
     async def _reach(self, cut: Cut, use: int, patience_s: float) -> set[int]:
         """PING all ducks with datagrams of this size until each has answered; who has not."""
@@ -368,38 +376,75 @@ class MulticastPlane:
             self._tcp.checksum,
         )  # fmt: skip
         self._trains[ask.ticket] = (train, ask.layer)
-        for nic in self._nics.values():
-            nic.socket.send(train, cut.datagram_bytes, nic.group)
         answer = ask.answer_bytes + self._tag_bytes
-        self._half.open(ask.ticket, ask.layer, len(message), answer, _clock())
-        if self._drain:
+        if self._receiver:  # before the first answer can come
             place, stride = ask.rows.address, ask.rows.stride
             if self._sealer:
                 place, stride = self._arriving.take(ask.ticket), self._arriving.stride
-            waiting = self._open.add(ask, answer, cut.fragments(answer), place, stride)
+            waiting = self._receiver.open(ask, answer, cut.fragments(answer), place, stride)
             if waiting and self._sealer:
                 waiting.sealed = self._arriving.pairs(ask, 0, answer)
+        for nic in self._nics.values():
+            nic.socket.send(train, cut.datagram_bytes, nic.group)
+        self._half.open(ask.ticket, ask.layer, len(message), answer, _clock())
         self._arm()
 
     def cancel(self, ask: Ask) -> None:
         if ask.count > self._small:
             self._tcp.cancel(ask)
             return
-        self._close_ask(ask.ticket)
         for nic in self._nics.values():
             self._note(nic, nic.group, wire.Kind.CANCEL, ask.ticket, ask.layer, b"", self._sealer)
 
-    def _close_ask(self, ticket: int) -> None:
+    def forget(self, ask: Ask) -> None:
+        if ask.count > self._small:
+            self._tcp.forget(ask)
+            return
+        ticket = ask.ticket
+        if self._receiver:
+            self._receiver.forget(ticket)
         self._half.close(ticket)
         self._trains.pop(ticket, None)
-        self._open.remove(ticket)
         self._arriving.give_back(ticket)
 
     # receiving
 
     def _readable(self, nic: Nic) -> None:
+        """A socket has something, and nothing native to receive it."""
         now = _clock()
-        trains = self._collected(self._drain, nic, now) if self._drain else nic.socket.drain()
+        self._take(nic.socket.drain(), now)
+        self._settle(now)
+
+    def _collect(self) -> None:
+        """Take what was received natively."""
+        assert self._receiver
+        now = _clock()
+        events, trains = self._receiver.collect()
+        good: dict[int, dict[int, float]] = {}
+        for ticket, duck, what, _, bits, at in events:
+            if not self._receiver.get(ticket):  # it ended after they came
+                continue
+            if what == library.EVENT_DOUBLED:
+                self._half.doubled(duck, ticket, bits)
+                continue
+            self._half.landed(duck, ticket, bits, at)
+            if what == library.MESSAGE_GOOD:
+                if ticket in good:
+                    good[ticket][duck] = at
+                else:
+                    good[ticket] = {duck: at}
+            elif what == library.MESSAGE_BAD:
+                self._failed(duck, ticket, now)
+        for ticket, came in good.items():
+            if waiting := self._receiver.get(ticket):
+                if self._sealer:
+                    came = {duck: at for duck, at in came.items() if self._opened(duck, waiting)}
+                self._arrived(waiting.ask, came, came.values())
+        self._take(trains, now)
+        self._settle(now)
+
+    def _take(self, trains: Iterable[tuple[memoryview, int, Address]], now: float) -> None:
+        """Datagrams of whatever kind and origin."""
         for train, size, sender in trains:
             duck = self._ducks.get(sender)
             if duck is None:
@@ -409,41 +454,26 @@ class MulticastPlane:
                 self._received(duck, train, size, now)
             except WireError:
                 self.malformed += 1
+
+    def _settle(self, now: float) -> None:
         self._do(self._half.settle(now))
         self._arm()
 
-    def _collected(
-        self, drain: Drain, nic: Nic, now: float
-    ) -> Iterator[tuple[memoryview, int, Address]]:
-        """Receive the answers that open asks wait for; what came besides."""
-        open_asks = self._flock.asks.open_asks
-        for ticket in self._open.ended(open_asks):
-            self._close_ask(ticket)
-        events, trains = nic.socket.collect(drain)
-        for ticket, duck, what, _, bits in events:
-            waiting = self._open.get(ticket)
-            if waiting is None:  # the last answer came twice
-                continue
-            self._half.landed(duck, ticket, bits, now)
-            if what == library.MESSAGE_NONE:
-                continue
-            if what == library.MESSAGE_GOOD and self._opened(duck, waiting):
-                self._arrived(duck, waiting.ask)
-            else:
-                self._half.failed(duck, ticket, now)
-                waiting.missing[duck] = self._half.missing(duck, ticket)
-        return trains
-
     def _opened(self, duck: int, waiting: Waiting) -> bool:
-        """Open a sealed answer that is whole into its row; True when it is not sealed."""
-        if self._sealer is None:
-            return True
+        """Open a sealed answer that is whole into its row; else it has to come again."""
         front = waiting.front_of(duck)
         try:
             self._openers[duck].open_answer(message_front(front), *waiting.sealed[duck])
         except WireError:
+            self._failed(duck, waiting.ask.ticket, _clock())
             return False
         return True
+
+    def _failed(self, duck: int, ticket: int, now: float) -> None:
+        """An answer is whole, and is not the one that was sent."""
+        self._half.failed(duck, ticket, now)
+        if self._receiver:
+            self._receiver.again(ticket, duck)
 
     def _received(self, duck: int, train: memoryview, size: int, now: float) -> None:
         for run, data in runs(train, size):
@@ -476,12 +506,11 @@ class MulticastPlane:
 
     def _answer(self, duck: int, run: Run, data: memoryview, size: int, now: float) -> None:
         head = run.header
+        if self._receiver and self._receiver.get(head.ticket):
+            raise WireError(f"fragments that ask {head.ticket} does not have")
         if not self._half.answer(duck, run, now):
             return
-        ask = self._flock.asks.open_asks.get(head.ticket)
-        if ask is None:  # it ended without an answer
-            self._close_ask(head.ticket)
-            return
+        ask = self._flock.asks.open_asks[head.ticket]
         row = place = ask.rows.landing[duck]
         if self._sealer:
             self._arriving.take(ask.ticket)
@@ -490,18 +519,15 @@ class MulticastPlane:
         if not self._half.missing(duck, head.ticket):
             message = place[: head.message_bytes]
             if verified(self._openers.get(duck), head, message, row, self._tcp.checksum):
-                self._arrived(duck, ask)
+                self._arrived(ask, (duck,), (now,))
             else:
-                self._half.failed(duck, head.ticket, now)
-        if waiting := self._open.get(ask.ticket):
-            waiting.missing[duck] = self._half.missing(duck, head.ticket)
+                self._failed(duck, head.ticket, now)
 
-    def _arrived(self, duck: int, ask: Ask) -> None:
-        """A duck's answer lies in its row, and is the one that was sent."""
-        self._heard[duck] += 1
-        self._flock.asks.arrived_whole(ask, (duck,))
-        if ask.ticket not in self._flock.asks.open_asks:
-            self._close_ask(ask.ticket)
+    def _arrived(self, ask: Ask, ducks: Collection[int], at: Iterable[float]) -> None:
+        """These ducks' answers lie in their rows, and are those that were sent."""
+        for duck in ducks:
+            self._heard[duck] += 1
+        self._flock.asks.arrived_whole(ask, ducks, at)
 
     def _do(self, sends: Sequence[Send | Lost]) -> None:
         for send in sends:
@@ -549,11 +575,12 @@ class MulticastPlane:
 
     def _wake(self) -> None:
         self._wakes_at = math.inf
-        for nic in self._nics.values():  # what lies in the socket already is not late
-            self._readable(nic)
-        for ticket in self._half.tickets:
-            if ticket not in self._flock.asks.open_asks:  # it ended without all its answers
-                self._close_ask(ticket)
+        # What lies in the socket already is not late.
+        if self._receiver:
+            self._collect()
+        else:
+            for nic in self._nics.values():
+                self._readable(nic)
         self._do(self._half.due(_clock()))
         self._arm()
 
@@ -571,6 +598,9 @@ class MulticastPlane:
         sockets = [nic.socket for nic in self._nics.values()]
         for name in ("calls", "datagrams", "send_calls", "unsent"):
             counts[name] = sum(getattr(sock, name) for sock in sockets)
+        if self._receiver:
+            counts["calls"] += self._receiver.receptions
+            counts["datagrams"] += self._receiver.datagrams
         return {
             **counts,
             "strangers": self.strangers,
@@ -585,6 +615,9 @@ class MulticastPlane:
         self._timer.close()
         if not self._agreed.done():
             self._agreed.cancel()
+        if self._receiver:
+            self._loop.remove_reader(self._receiver.descriptor)
+            self._receiver.close()  # before its sockets
         for nic in self._nics.values():
             nic.socket.close()
         self._tcp.close()

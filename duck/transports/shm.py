@@ -266,10 +266,12 @@ class ShmPlane:
         memory.set_ticket(slot, ask.ticket)
         self._signal()
 
+    def forget(self, ask: Ask) -> None:
+        self._asks[ask.rows.number] = None
+
     def cancel(self, ask: Ask) -> None:
         memory = self._memory
         assert memory is not None
-        self._asks[ask.rows.number] = None
         memory.set_ticket(memory.layout.slots[ask.rows.number], 0)
         self._signal()
 
@@ -301,9 +303,6 @@ class ShmPlane:
         """Take the answers that have come since the last time."""
         asks = self._flock.asks
         slot, states, rows = memory.layout.slots[number], self._states[number], ask.rows
-        if ask.ticket not in asks.open_asks:  # a duck was lost, or its deadline passed
-            self._asks[number] = None
-            return
         before = states.copy() if states.any() else 0
         native = library.swift() if slot.swift else library.native()
         native.duck_messages_get(
@@ -317,8 +316,6 @@ class ShmPlane:
                 break  # the ask is lost with it
         else:
             asks.arrived_whole(ask, news)
-        if ask.ticket not in asks.open_asks:
-            self._asks[number] = None
 
     @staticmethod
     def _what_is_wrong(memory: Memory, slot: Slot, duck: int, state: int) -> str:

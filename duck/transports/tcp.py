@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import select
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from duck.transports.base import SMALL_ROWS, Ask, AskTable
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.link import SPOILED, Link, data_frames, frame_bytes
 from duck.transports.listen import HostSession
-from duck.transports.receive import Arriving
+from duck.transports.receive import Arriving, Receiver, Waiting
 from duck.transports.sealed import sealed_frames
 
 if TYPE_CHECKING:
@@ -114,6 +115,10 @@ class TcpPlane:
         for link in links:
             link.write(data)
 
+    def forget(self, ask: Ask) -> None:
+        if self._collector:
+            self._collector.forget(ask)
+
     def tick(self) -> None:
         """Nothing is due: TCP sends again by itself."""
 
@@ -147,18 +152,24 @@ class Collector:
         self._loop = asyncio.get_running_loop()
         ducks, shape = flock.plan.ducks, flock.plan.shape
         seal = TAG_BYTES if flock.keys else 0
-        self._open = receive.OpenAsks(flock.session, ducks, seal, check=not flock.keys)
-        self._inlets = receive.Inlets(ducks, self._open)
+        self._receiver = Receiver(flock.session, ducks, seal=seal, check=not flock.keys)
         self._openers: dict[int, Opener] = {}
         small = wire.STAMP_BYTES + shape.answer_bytes(min(SMALL_ROWS, shape.max_rows))
         self._arriving = Arriving(ducks, wire.HEADER_BYTES + small + seal)
-        self._loop.add_reader(self._inlets.descriptor, self._readable)
+        # Connections that are in the middle of something else, and read by themselves.
+        self._apart = select.epoll()
+        self._ducks: dict[int, int] = {}  # descriptor -> duck
+        self._loop.add_reader(self._receiver.descriptor, self._readable)
+        self._loop.add_reader(self._apart.fileno(), self._apart_readable)
 
     def add(self, duck: int, link: Link, opener: Opener | None) -> None:
         """From now on, receive from this connection."""
         if opener:
             self._openers[duck] = opener
-        self._inlets.add(duck, link.hand_over())
+        descriptor = link.hand_over()
+        self._ducks[descriptor] = duck
+        self._receiver.add_connection(duck, descriptor)
+        link.closed.add_done_callback(lambda _: self._receiver.drop(duck))
 
     def expect(self, ask: Ask) -> None:
         """An ask is about to be sent."""
@@ -170,10 +181,16 @@ class Collector:
                 return
             place = self._arriving.take(ask.ticket) + wire.HEADER_BYTES
             stride = self._arriving.stride
-        waiting = self._open.add(ask, ask.answer_bytes, 1, place, stride)
+        waiting = self._receiver.open(ask, ask.answer_bytes, 1, place, stride)
         if waiting and self._openers:
             nbytes = ask.answer_bytes + TAG_BYTES
             waiting.sealed = self._arriving.pairs(ask, wire.HEADER_BYTES, nbytes)
+
+    def forget(self, ask: Ask) -> None:
+        """An ask is over; its rows must not be written to."""
+        for duck in self._receiver.forget(ask.ticket):
+            self._leave(duck, self._links[duck])
+        self._arriving.give_back(ask.ticket)
 
     def send(self, data: bytes | bytearray) -> None:
         """Send the same to all ducks."""
@@ -181,7 +198,7 @@ class Collector:
             if not link.is_clear:
                 break
         else:
-            sent = self._inlets.send(data)
+            sent = self._receiver.send(data)
             if sent is not None:
                 for duck, link in self._links.items():
                     if sent[duck] < len(data):
@@ -191,17 +208,19 @@ class Collector:
             link.write(data)
 
     def _readable(self) -> None:
-        asks = self._asks
-        for ticket in self._open.ended(asks.open_asks):
-            self._forget(ticket)
-        for ticket, duck, what, error, _ in self._inlets.receive():
-            if what == library.MESSAGE_GOOD:
-                waiting = self._open.get(ticket)
-                assert waiting
-                if not self._openers or self._opened(duck, waiting):
-                    asks.arrived_whole(waiting.ask, (duck,))
-            else:
+        good: dict[int, dict[int, float]] = {}
+        for ticket, duck, what, error, _, at in self._receiver.collect().events:
+            if what != library.MESSAGE_GOOD:
                 self._besides(duck, what, error)
+            elif ticket in good:
+                good[ticket][duck] = at
+            else:
+                good[ticket] = {duck: at}
+        for ticket, came in good.items():
+            if waiting := self._receiver.get(ticket):
+                if self._openers:
+                    came = {duck: at for duck, at in came.items() if self._opened(duck, waiting)}
+                self._asks.arrived_whole(waiting.ask, came, came.values())
 
     def _besides(self, duck: int, what: int, error: int) -> None:
         """What came was no answer that is wanted."""
@@ -212,13 +231,13 @@ class Collector:
             self._leave(duck, link)
         elif what == library.EVENT_READABLE:
             link.read()
-            self._inlets.turn(duck, link.between_frames)
+            self._part_or_resume(duck, link)
         elif error:
             link.abort(f"connection lost ({os.strerror(error)})")
         else:
             link.abort("connection closed")
 
-    def _opened(self, duck: int, waiting: receive.Waiting) -> bool:
+    def _opened(self, duck: int, waiting: Waiting) -> bool:
         """Open a sealed answer into its row; else the connection ends."""
         try:
             self._openers[duck].open_answer(waiting.front_of(duck), *waiting.sealed[duck])
@@ -229,28 +248,42 @@ class Collector:
 
     def _leave(self, duck: int, link: Link) -> None:
         """What has begun to come is the connection's own business."""
-        link.feed(self._inlets.begun(duck))
-        self._inlets.turn(duck, link.between_frames)
+        link.feed(self._receiver.begun(duck))
+        self._part_or_resume(duck, link)
+
+    def _part_or_resume(self, duck: int, link: Link) -> None:
+        """The connection reads by itself until it is between two frames."""
+        if link.transport.is_closing():
+            return
+        if link.between_frames:
+            self._receiver.resume(duck)
+        else:
+            self._apart.register(link.descriptor, select.EPOLLIN)
+
+    def _apart_readable(self) -> None:
+        for descriptor, _ in self._apart.poll(0):
+            duck = self._ducks[descriptor]
+            link = self._links[duck]
+            link.read()
+            if link.transport.is_closing():
+                self._receiver.drop(duck)  # the last that keeps the connection in `_apart`
+            elif link.between_frames:
+                self._apart.unregister(descriptor)
+                self._receiver.resume(duck)
 
     def has_come(self, duck: int, ask: Ask) -> None:
         """An answer went the long way: its row must not be written to any more."""
-        if waiting := self._open.get(ask.ticket):
-            waiting.missing[duck] = 0
-
-    def _forget(self, ticket: int) -> None:
-        """An ask is over; its rows must not be written to."""
-        for duck in self._inlets.receiving(ticket):
-            self._leave(duck, self._links[duck])
-        self._open.remove(ticket)
-        self._arriving.give_back(ticket)
+        self._receiver.came(ask.ticket, duck)
 
     def heard(self, duck: int) -> int:
         """Receptions: any change is a sign of life."""
-        return self._inlets.calls(duck)
+        return self._receiver.calls(duck)
 
     def close(self) -> None:
-        self._loop.remove_reader(self._inlets.descriptor)
-        self._inlets.close()
+        self._loop.remove_reader(self._receiver.descriptor)
+        self._loop.remove_reader(self._apart.fileno())
+        self._receiver.close()
+        self._apart.close()
 
 
 class _Answers:

@@ -3,6 +3,8 @@ and nothing is written but to the places of fragments that were missing."""
 
 from __future__ import annotations
 
+import contextlib
+import select
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from duck.kernels import library
 from duck.reliable import Cut
 from duck.transports import receive
 from duck.transports.link import data_frames
-from duck.transports.receive import Drain, Event, Inlets, OpenAsks
+from duck.transports.receive import Event, Receiver
 
 SESSION, DUCKS, LAYER, ROOM = 7, 3, 2, 512
 GUARD = 0xEE
@@ -51,11 +53,17 @@ class Places:
         return bool((before == GUARD).all() and (behind == GUARD).all())
 
 
-def expect(asks: OpenAsks, ticket: int, nbytes: int, fragments: int = 1) -> Places:
+def expect(receiver: Receiver, ticket: int, nbytes: int, fragments: int = 1) -> Places:
     places = Places(nbytes)
     ask: Any = SimpleNamespace(ticket=ticket, layer=LAYER)
-    asks.add(ask, nbytes, fragments, places.address, places.stride)
+    assert receiver.open(ask, nbytes, fragments, places.address, places.stride)
     return places
+
+
+def patient(receiver: Receiver) -> list[Event]:
+    """Events once the thread has told of some; they come at a round's end or after a pause."""
+    assert select.select([receiver.descriptor], [], [], 30)[0]
+    return list(receiver.collect().events)
 
 
 def answer(ticket: int, duck: int, nbytes: int) -> bytes:
@@ -81,10 +89,10 @@ class Wires:
     theirs: list[socket.socket]
 
     @classmethod
-    def of(cls, inlets: Inlets) -> Wires:
+    def of(cls, receiver: Receiver) -> Wires:
         pairs = [socket.socketpair() for _ in range(DUCKS)]
         for duck, (ours, _) in enumerate(pairs):
-            inlets.add(duck, ours.fileno())
+            receiver.add_connection(duck, ours.fileno())
         return cls([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
     def close(self) -> None:
@@ -106,20 +114,19 @@ def pieces(data: bytes, sizes: list[int]) -> Iterator[bytes]:
 @given(st.lists(st.integers(1, ROOM), min_size=1, max_size=4), PIECES)
 def test_answers_in_the_order_of_the_asks(sizes: list[int], cuts: list[int]) -> None:
     """However the streams are cut, each answer lands in its place."""
-    asks = OpenAsks(SESSION, DUCKS, 0, check=True)
-    inlets = Inlets(DUCKS, asks)
-    wires = Wires.of(inlets)
+    receiver = Receiver(SESSION, DUCKS)
+    wires = Wires.of(receiver)
     try:
-        places = {ticket: expect(asks, ticket, size) for ticket, size in enumerate(sizes, 1)}
+        places = {ticket: expect(receiver, ticket, size) for ticket, size in enumerate(sizes, 1)}
         good: list[Event] = []
         for duck, end in enumerate(wires.theirs):
             stream = b"".join(frame(t, duck, answer(t, duck, p.nbytes)) for t, p in places.items())
             for piece in pieces(stream, cuts):
                 end.sendall(piece)
                 while True:
-                    calls = inlets.calls(duck)
-                    good += inlets.receive()
-                    if inlets.calls(duck) == calls:
+                    calls = receiver.calls(duck)
+                    good += receiver.collect().events
+                    if receiver.calls(duck) == calls:
                         break
         assert {event[:3] for event in good} == {
             (ticket, duck, library.MESSAGE_GOOD) for ticket in places for duck in range(DUCKS)
@@ -131,32 +138,33 @@ def test_answers_in_the_order_of_the_asks(sizes: list[int], cuts: list[int]) -> 
                 assert place.untouched(duck, 32)
     finally:
         wires.close()
-        inlets.close()
+        receiver.close()
 
 
 @given(st.binary(min_size=1, max_size=600), PIECES, st.booleans(), st.integers(0))
 def test_any_bytes_on_a_connection(data: bytes, cuts: list[int], almost: bool, flip: int) -> None:
     """What is no answer is left to others, with every byte of it; a changed one is never good."""
-    asks = OpenAsks(SESSION, DUCKS, 0, check=True)
-    inlets = Inlets(DUCKS, asks)
-    wires = Wires.of(inlets)
+    receiver = Receiver(SESSION, DUCKS)
+    wires = Wires.of(receiver)
     try:
-        places = expect(asks, 9, 100)
+        places = expect(receiver, 9, 100)
         if almost:  # the right frame, but for a bit
             changed = bytearray(frame(9, 1, answer(9, 1, 100)))
             at = flip % (len(changed) * 8)
             changed[at // 8] ^= 1 << at % 8
             data = bytes(changed)
-        got = b""
+        got, apart = b"", False
         for piece in pieces(data, cuts):
             wires.theirs[1].sendall(piece)
-            for _ in range(len(piece) // 132 + 1):
-                for _, duck, what, *_ in inlets.receive():
+            for _ in range(len(piece) // 132 + 2):
+                if apart:
+                    with contextlib.suppress(BlockingIOError):
+                        got += wires.ours[1].recv(1000, socket.MSG_DONTWAIT)
+                for _, duck, what, *_ in receiver.collect().events:
                     assert duck == 1
-                    if what == library.MESSAGE_OTHER:
-                        got += inlets.begun(1)
-                    elif what == library.EVENT_READABLE:
-                        got += wires.ours[1].recv(1000)
+                    if what in (library.MESSAGE_OTHER, library.EVENT_READABLE):
+                        got += receiver.begun(1)
+                        apart = True
                     else:
                         assert almost
                         assert what == library.MESSAGE_BAD
@@ -169,48 +177,48 @@ def test_any_bytes_on_a_connection(data: bytes, cuts: list[int], almost: bool, f
         assert all(places.body(duck) == bytes([GUARD]) * 100 for duck in (0, 2))
     finally:
         wires.close()
-        inlets.close()
+        receiver.close()
 
 
 def test_an_ask_that_ended_in_the_middle_of_an_answer() -> None:
-    asks = OpenAsks(SESSION, DUCKS, 0, check=True)
-    inlets = Inlets(DUCKS, asks)
-    wires = Wires.of(inlets)
+    receiver = Receiver(SESSION, DUCKS)
+    wires = Wires.of(receiver)
     try:
-        first = expect(asks, 1, 100)
-        second = expect(asks, 2, 50)
+        first = expect(receiver, 1, 100)
+        second = expect(receiver, 2, 50)
         whole = frame(1, 0, answer(1, 0, 100))
         wires.theirs[0].sendall(whole[:90])
-        assert not list(inlets.receive())
-        assert asks.ended({2: None}) == [1]  # type: ignore[dict-item]
-        assert inlets.receiving(1) == [0]
-        assert inlets.begun(0) == whole[:90]
-        asks.remove(1)
+        assert not list(receiver.collect().events)
+        assert receiver.forget(1) == [0]
+        assert receiver.forget(1) == []
+        assert receiver.begun(0) == whole[:90]
         before = first.memory.copy()
         wires.theirs[0].sendall(whole[90:] + frame(2, 0, answer(2, 0, 50)))
-        assert [what for _, _, what, *_ in inlets.receive()] == [library.EVENT_READABLE]
+        assert not list(receiver.collect().events)
         assert wires.ours[0].recv(42) == whole[90:]
-        inlets.turn(0, on=True)
-        assert list(inlets.receive()) == [(2, 0, library.MESSAGE_GOOD, 0, 1)]
+        receiver.resume(0)
+        assert [event[:5] for event in receiver.collect().events] == [
+            (2, 0, library.MESSAGE_GOOD, 0, 1)
+        ]
         assert (first.memory == before).all()
         assert second.body(0) == answer(2, 0, 50)
     finally:
         wires.close()
-        inlets.close()
+        receiver.close()
 
 
 def test_a_connection_that_ends() -> None:
-    asks = OpenAsks(SESSION, DUCKS, 0, check=True)
-    inlets = Inlets(DUCKS, asks)
-    wires = Wires.of(inlets)
+    receiver = Receiver(SESSION, DUCKS)
+    wires = Wires.of(receiver)
     try:
-        places = expect(asks, 1, 100)
+        places = expect(receiver, 1, 100)
         wires.theirs[2].close()
-        assert list(inlets.receive()) == [(1, 2, library.EVENT_ENDED, 0, 1)]
+        assert [event[1:4] for event in receiver.collect().events] == [(2, library.EVENT_ENDED, 0)]
+        assert not list(receiver.collect().events)
         assert places.untouched(2, 0)
     finally:
         wires.close()
-        inlets.close()
+        receiver.close()
 
 
 # --- datagrams
@@ -221,20 +229,20 @@ class Pond:
 
     def __init__(self, payload: int) -> None:
         self.cut = Cut(payload)
-        self.asks = OpenAsks(SESSION, DUCKS, 0, check=True)
-        self.drain = Drain(DUCKS, self.asks, payload)
+        self.receiver = Receiver(SESSION, DUCKS, payload_bytes=payload)
         self.host, *self.ducks = (socket.socket(type=socket.SOCK_DGRAM) for _ in range(DUCKS + 1))
         for end in (self.host, *self.ducks):
             end.bind(("127.0.0.1", 0))
         self.host.setblocking(False)
         for duck, end in enumerate(self.ducks):
-            self.drain.add(duck, end.getsockname())
+            self.receiver.add_sender(duck, end.getsockname())
+        self.receiver.add_socket(self.host.fileno())
 
     def send(self, duck: int, datagram: bytes) -> None:
         self.ducks[duck].sendto(datagram, self.host.getsockname())
 
     def receive(self) -> tuple[list[Event], list[bytes]]:
-        found = self.drain.receive(self.host.fileno())
+        found = self.receiver.collect()
         events = list(found.events)
         return events, [bytes(train) for train, _, _ in found.trains]
 
@@ -247,16 +255,17 @@ class Pond:
         return [train[start : start + size] for start in range(0, len(train), size)]
 
     def close(self) -> None:
+        self.receiver.close()
         for end in (self.host, *self.ducks):
             end.close()
 
 
 @given(st.integers(1, ROOM), st.randoms(use_true_random=False), st.integers(0, 5))
 def test_datagrams_in_any_order(nbytes: int, random: Any, copies: int) -> None:
-    """Each fragment is taken once; what comes again is left to others."""
+    """Each fragment is taken once, and told of when it comes again."""
     pond = Pond(48)
     try:
-        places = expect(pond.asks, 5, nbytes, pond.cut.fragments(nbytes))
+        places = expect(pond.receiver, 5, nbytes, pond.cut.fragments(nbytes))
         sent = [
             (duck, datagram)
             for duck in range(DUCKS)
@@ -273,12 +282,14 @@ def test_datagrams_in_any_order(nbytes: int, random: Any, copies: int) -> None:
             more = pond.receive()
             events += more[0]
             left += more[1]
-        assert sorted(left) == sorted(datagram for _, datagram in again)
+        assert not left
+        doubled = [event for event in events if event[2] == library.EVENT_DOUBLED]
+        assert sum(event[4].bit_count() for event in doubled) == len(again)
         for duck in range(DUCKS):
-            own = [event for event in events if event[1] == duck]
+            own = [event for event in events if event[1] == duck and event not in doubled]
             assert [what for _, _, what, *_ in own[:-1]] == [library.MESSAGE_NONE] * (len(own) - 1)
             assert own[-1][2] == library.MESSAGE_GOOD
-            assert sum(bits for *_, bits in own) == (1 << pond.cut.fragments(nbytes)) - 1
+            assert sum(event[4] for event in own) == (1 << pond.cut.fragments(nbytes)) - 1
             assert places.body(duck) == answer(5, duck, nbytes)
             assert places.untouched(duck, 0)
     finally:
@@ -290,7 +301,7 @@ def test_any_datagrams(data: bytes, number: int, way: str) -> None:
     """What differs from the answer that is wanted in any bit of its headers is not taken."""
     pond = Pond(48)
     try:
-        places = expect(pond.asks, 5, 100, 3)
+        places = expect(pond.receiver, 5, 100, 3)
         right = pond.datagrams(5, 1, answer(5, 1, 100))[number % 3]
         sender, taken = 1, False
         if way == "bit":
@@ -321,7 +332,7 @@ def test_any_datagrams(data: bytes, number: int, way: str) -> None:
 def test_a_changed_answer_is_bad_and_may_come_again(flip: int) -> None:
     pond = Pond(48)
     try:
-        places = expect(pond.asks, 5, 100, 3)
+        places = expect(pond.receiver, 5, 100, 3)
         right = pond.datagrams(5, 1, answer(5, 1, 100))
         changed = bytearray(right[1])
         at = flip % (48 * 8)
@@ -331,9 +342,7 @@ def test_a_changed_answer_is_bad_and_may_come_again(flip: int) -> None:
         events, left = pond.receive()
         assert [what for _, _, what, *_ in events][-1] == library.MESSAGE_BAD
         assert not left
-        waiting = pond.asks.get(5)
-        assert waiting
-        waiting.missing[1] = 7
+        pond.receiver.again(5, 1)
         for datagram in right:
             pond.send(1, datagram)
         events, _ = pond.receive()
@@ -347,7 +356,7 @@ def test_the_buffer_may_be_too_small_for_all_that_came() -> None:
     """More datagrams than one call takes: the rest comes with the next."""
     pond = Pond(48)
     try:
-        places = expect(pond.asks, 5, 100, 3)
+        places = expect(pond.receiver, 5, 100, 3)
         pond.host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         for number in range(300):
             pond.send(0, number.to_bytes(2, "little") * 20)
@@ -356,3 +365,86 @@ def test_the_buffer_may_be_too_small_for_all_that_came() -> None:
         assert all(places.untouched(duck, 0) for duck in range(DUCKS))
     finally:
         pond.close()
+
+
+# --- the thread
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=30), st.integers(1, 400))
+def test_a_thread_receives_as_well(losses: list[tuple[int, int]], nbytes: int) -> None:
+    """It tells of a round when that is complete, and of holes; whatever is lost comes again."""
+    cut = Cut(112)
+    fragments = cut.fragments(nbytes)
+    receiver = Receiver(SESSION, DUCKS, payload_bytes=112, threaded=True)
+    pond = Pond(112)
+    pond.receiver.close()
+    pond.receiver = receiver
+    for duck, end in enumerate(pond.ducks):
+        receiver.add_sender(duck, end.getsockname())
+    receiver.add_socket(pond.host.fileno())
+    try:
+        places = expect(receiver, 5, nbytes, fragments)
+        sent = {duck: pond.datagrams(5, duck, answer(5, duck, nbytes)) for duck in range(DUCKS)}
+        lost = {(duck, number) for duck, number in losses if number < fragments}
+        for duck, datagrams in sent.items():
+            for number, datagram in enumerate(datagrams):
+                if (duck, number) not in lost:
+                    pond.send(duck, datagram)
+        missing = dict.fromkeys(range(DUCKS), (1 << fragments) - 1)
+        good: set[int] = set()
+        while any(missing.values()):
+            if sum(map(int.bit_count, missing.values())) == len(lost):
+                for duck, number in lost:  # as after a NACK
+                    pond.send(duck, sent[duck][number])
+                lost.clear()
+            for ticket, duck, what, _, bits, _ in patient(receiver):
+                assert ticket == 5
+                assert missing[duck] & bits == bits
+                missing[duck] &= ~bits
+                assert (what == library.MESSAGE_GOOD) == (not missing[duck])
+                if what == library.MESSAGE_GOOD:
+                    good.add(duck)
+        assert good == set(range(DUCKS))
+        assert all(places.body(duck) == answer(5, duck, nbytes) for duck in range(DUCKS))
+        assert all(places.untouched(duck, 0) for duck in range(DUCKS))
+    finally:
+        pond.close()
+
+
+def test_a_thread_that_is_full_waits_for_room() -> None:
+    """Datagrams that nobody wants fill the room; what comes then is there when it was emptied."""
+    receiver = Receiver(SESSION, DUCKS, payload_bytes=48, threaded=True)
+    host, other = (socket.socket(type=socket.SOCK_DGRAM) for _ in range(2))
+    try:
+        host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 21)
+        host.bind(("127.0.0.1", 0))
+        sent = [number.to_bytes(2, "little") * 20 for number in range(400)]
+        for datagram in sent:
+            other.sendto(datagram, host.getsockname())
+        receiver.add_socket(host.fileno())
+        left: list[bytes] = []
+        while len(left) < len(sent):
+            assert select.select([receiver.descriptor], [], [], 30)[0]
+            left += [bytes(train) for train, _, _ in receiver.collect().trains]
+        assert left == sent
+    finally:
+        receiver.close()
+        host.close()
+        other.close()
+
+
+def test_a_full_thread_ends_at_once() -> None:
+    receiver = Receiver(SESSION, DUCKS, payload_bytes=48, threaded=True)
+    host, other = (socket.socket(type=socket.SOCK_DGRAM) for _ in range(2))
+    try:
+        host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 21)
+        host.bind(("127.0.0.1", 0))
+        for _ in range(600):
+            other.sendto(b"x" * 40, host.getsockname())
+        receiver.add_socket(host.fileno())
+        assert select.select([receiver.descriptor], [], [], 30)[0]
+    finally:
+        receiver.close()
+        receiver.close()
+        host.close()
+        other.close()

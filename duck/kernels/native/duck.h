@@ -124,17 +124,10 @@ DUCK_API int duck_messages_get(const void* places, std::size_t stride, int count
                                std::uint8_t* states);
 
 // Answers that come through sockets (receive.cpp), straight into the rows of the asks that wait for
-// them; what does not fit an open ask is left to the caller. Never waits.
-//
-// An open ask.
-struct duck_waiting {
-  std::uint8_t front[28];  // the header of duck 0's answer, up to the checksum
-  std::uint16_t check;     // whether the checksum is CRC-32C, and looked at here
-  std::uint16_t seal;      // bytes that follow a body in a stream
-  std::uint64_t place;     // where duck 0's body goes; room for a header lies before it in streams
-  std::uint64_t stride;    // from one duck's to the next
-  std::uint64_t missing;   // std::uint64_t[ducks]: fragments that have not come, as bits
-};
+// them; what does not fit an open ask is left to the caller. A receiver has a thread of its own, or
+// works when it is asked to. Functions that return int return 0 or errno unless said otherwise, and
+// none of them waits for anything but the thread's current reception.
+struct duck_receiver;
 
 // What came.
 struct duck_event {
@@ -143,54 +136,69 @@ struct duck_event {
   std::uint8_t what;  // duck_message, or one of the following
   std::uint8_t error;
   std::uint64_t bits;  // the fragments
+  double at;           // seconds of CLOCK_MONOTONIC
 };
 
+// NONE: fragments, others are missing. BAD and OTHER as in shared memory; OTHER, ENDED and READABLE:
+// nothing more is received from this connection until `resume`.
 enum duck_event_what : std::uint8_t {
   DUCK_EVENT_ENDED = 4,     // the connection is closed, or lost by `error`
   DUCK_EVENT_READABLE = 5,  // there is something that no ask waits for; nothing was received
+  DUCK_EVENT_DOUBLED = 6,   // fragments that had come before; dropped
 };
 
-// One connection, received from while its header is the one that is wanted. Frames other than that
-// are OTHER, with their first `have` bytes at `place`; from then on the connection is `off` until
-// the caller turns it on again.
-struct duck_inlet {
-  std::int32_t socket;
-  std::uint32_t off;
-  std::uint64_t place;  // of the frame that is being received, header and all
-  std::uint32_t ticket;
-  std::uint32_t have;   // bytes of it; 0: between two frames
-  std::uint32_t size;
-  std::uint32_t calls;  // receptions, a sign of life each
-};
-
-// Receives from the connections of so many ducks that are readable in `epoll`, where their data are
-// their sockets. Asks in the order in which they were sent. Returns how many events there are, at
-// most `most`, one a connection.
-DUCK_API int duck_inlets_receive(int epoll, duck_inlet* inlets, int ducks,
-                                 const duck_waiting* asks, int count, duck_event* events, int most);
-
-// Sends the same bytes by all of these connections; sent[i]: how many the system took of connection
-// i, 0 too when it refused. Returns how many connections took all.
-DUCK_API int duck_inlets_send(const duck_inlet* inlets, int ducks, const void* data,
-                              std::size_t bytes, std::int64_t* sent);
-
-// What a datagram socket brought that is for the caller: a train of datagrams, `size` bytes long but
-// the last, at `offset` in the buffer.
+// Datagrams for the caller: one behind the other, `size` bytes long but the last, at `offset` in the
+// buffer.
 struct duck_train {
   std::uint32_t offset, bytes, size;
   std::uint32_t address, port;  // of the sender
 };
 
-struct duck_drained {
-  std::int32_t events, trains, calls, datagrams;
-  std::int32_t more;  // whether there may be more
+struct duck_collected {
+  std::int32_t events, trains;
+  std::uint64_t receptions, datagrams;  // of all datagram sockets, so far
 };
 
-// Receives the datagrams of a socket. Fragments of answers to open asks, from the duck's own address
-// (senders[duck]: address << 16 | port), are copied to where they belong, once each. payload: bytes
-// of every fragment but an answer's last.
-DUCK_API void duck_datagrams_receive(int socket, void* buffer, std::size_t room,
-                                     std::size_t payload, const duck_waiting* asks, int count,
-                                     const std::uint64_t* senders, int ducks, duck_event* events,
-                                     int most_events, duck_train* trains, int most_trains,
-                                     duck_drained* drained);
+// The room that `collect` wants.
+enum { DUCK_MOST_EVENTS = 512, DUCK_MOST_TRAINS = 256, DUCK_MOST_BYTES = 1 << 19 };
+
+// payload: bytes of every fragment of a datagram but an answer's last. seal: bytes that follow a
+// body in a stream. check: messages have a CRC-32C, to be looked at. calls: (ducks,) counts the
+// receptions of every connection, modulo 2^32.
+DUCK_API int duck_receiver_create(int ducks, std::size_t payload, int seal, int check,
+                                  int threaded, std::uint32_t* calls, duck_receiver** made);
+DUCK_API void duck_receiver_destroy(duck_receiver* receiver);
+// Readable when there is something to collect.
+DUCK_API int duck_receiver_descriptor(const duck_receiver* receiver);
+// Receive from a duck's connection, which is between two frames; a duplicate of it is made.
+DUCK_API int duck_receiver_connection(duck_receiver* receiver, int duck, int socket);
+// Receive from a datagram socket, which stays open until `destroy`; and where a duck's datagrams come
+// from: address << 16 | port.
+DUCK_API int duck_receiver_datagrams(duck_receiver* receiver, int socket);
+DUCK_API void duck_receiver_sender(duck_receiver* receiver, int duck, std::uint64_t address);
+// An ask is sent. front: the header of duck 0's answer, up to the checksum; 1 to 64 fragments.
+// place: where its body goes, the others' a stride apart; room for a header lies before each.
+DUCK_API void duck_receiver_open(duck_receiver* receiver, const void* front, void* place,
+                                 std::size_t stride);
+// An ask is over: nothing is written for it any more. ducks: those whose answers have come in part;
+// `begun` gives the parts while the memory is still there. Returns how many.
+DUCK_API int duck_receiver_forget(duck_receiver* receiver, std::uint32_t ticket,
+                                  std::uint16_t* ducks);
+// The caller has this answer; or wants it once more.
+DUCK_API void duck_receiver_came(duck_receiver* receiver, std::uint32_t ticket, int duck);
+DUCK_API void duck_receiver_again(duck_receiver* receiver, std::uint32_t ticket, int duck);
+// Hands over the frame that was begun, and leaves the connection alone until `resume`. Returns its
+// bytes; when there is no room for so many, nothing was done.
+DUCK_API std::size_t duck_receiver_begun(duck_receiver* receiver, int duck, void* to,
+                                         std::size_t room);
+DUCK_API int duck_receiver_resume(duck_receiver* receiver, int duck);
+// The connection is over.
+DUCK_API void duck_receiver_drop(duck_receiver* receiver, int duck);
+// Receives what is there, and gives all that has come since the last time, events first.
+DUCK_API void duck_receiver_collect(duck_receiver* receiver, duck_event* events,
+                                    duck_train* trains, void* buffer,
+                                    duck_collected* collected);
+// Sends the same bytes by all connections; sent[i]: how many the system took of connection i, 0 too
+// when it refused. Returns how many connections took all.
+DUCK_API int duck_receiver_send(duck_receiver* receiver, const void* data, std::size_t bytes,
+                                std::int64_t* sent);
