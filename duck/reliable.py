@@ -21,7 +21,7 @@ Only identical bytes are ever sent again: ducks keep their last answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -260,6 +260,7 @@ class HostHalf:
     """
 
     PAST = 256  # ended asks whose late fragments are told from strangers
+    SAMPLES = 8  # so many ducks are timed by one ask
 
     def __init__(self, ducks: int, cut: Cut) -> None:
         self.counts = Counts()
@@ -293,13 +294,21 @@ class HostHalf:
         owed = self._open.pop(ticket, None)
         if owed is None:
             return
-        late = sum(1 << duck for duck, missing in enumerate(owed.missing) if missing)
-        for duck, first_at in enumerate(owed.first_at):
-            if first_at:
+        late = 0
+        if any(owed.missing):
+            late = sum(1 << duck for duck, missing in enumerate(owed.missing) if missing)
+        # Of many ducks each is timed now and then: a step has a hundred asks.
+        ducks = len(owed.missing)
+        turns = -(-ducks // self.SAMPLES)
+        for duck in range(ticket % turns, ducks, turns):
+            if first_at := owed.first_at[duck]:
                 self._answers[duck].sample(first_at - owed.sent_at)
-                self.missed[duck] = 0
                 if owed.gaps[duck]:
                     self._gaps[duck].sample(owed.gaps[duck])
+        if any(self.missed):
+            for duck, first_at in enumerate(owed.first_at):
+                if first_at:
+                    self.missed[duck] = 0
         self._past[ticket] = _Past(late, owed.nacked, owed.probed)
         if len(self._past) > self.PAST:
             del self._past[next(iter(self._past))]
@@ -354,6 +363,37 @@ class HostHalf:
         """
         self._landed(self._open[ticket], duck, bits, now)
 
+    def landed_whole(self, ticket: int, came: Mapping[int, float]) -> None:
+        """The last fragments of these ducks' answers lie where they belong; duck -> when.
+
+        In the order in which they came.
+        """
+        owed = self._open[ticket]
+        last_at = owed.last_at
+        for duck, at in came.items():
+            missing = owed.missing[duck]
+            if (
+                missing != owed.full
+                or (owed.nacked | owed.probed) >> duck & 1
+                or self._reorder_s[duck]
+            ):
+                owed.last_at = last_at
+                self._landed(owed, duck, missing, at)
+                last_at = owed.last_at
+                continue
+            owed.missing[duck] = 0
+            owed.first_at[duck] = at
+            if last_at:
+                owed.gaps[duck] = at - last_at
+            last_at = at
+        owed.last_at = last_at
+        self._may_be_overdue(owed, last_at)
+
+    def _may_be_overdue(self, owed: _Owed, last_at: float) -> None:
+        """The ducks that have not answered may be from now on; `_overdue` looks closely."""
+        owed.due_first = min(owed.due_first, last_at + FLOOR_S)
+        self.wake_at = min(self.wake_at, owed.due_first)
+
     def _landed(self, owed: _Owed, duck: int, bits: int, now: float) -> None:
         mark, missing = 1 << duck, owed.missing[duck]
         if missing == owed.full and not (owed.nacked | owed.probed) & mark:
@@ -361,9 +401,7 @@ class HostHalf:
             if owed.last_at:
                 owed.gaps[duck] = now - owed.last_at
             owed.last_at = now
-            # The others may be overdue from now on; `_overdue` looks closely.
-            owed.due_first = min(owed.due_first, now + FLOOR_S)
-            self.wake_at = min(self.wake_at, owed.due_first)
+            self._may_be_overdue(owed, now)
         elif owed.nacked & mark and owed.tries[duck] == 1:
             self._echoes[duck].sample(now - owed.asked_at[duck])
         owed.tries[duck] = 0

@@ -279,7 +279,7 @@ async def _our_turn(
     rounds: int,
 ) -> None:
     loop, size, sums = asyncio.get_running_loop(), len(x), 0.0
-    cpu = time.thread_time()
+    cpu = time.process_time()
     for number in range(rounds):
         begun = time.perf_counter()
         rows = await flock.acquire(size)
@@ -292,7 +292,7 @@ async def _our_turn(
         add_up(partials)
         sums += time.thread_time() - sum_begun
         ask.release()
-    side.cpu.append((time.thread_time() - cpu - sums) / rounds)
+    side.cpu.append((time.process_time() - cpu - sums) / rounds)
     side.sums.append(sums / rounds)
 
 
@@ -319,12 +319,12 @@ class _Yardstick:
             self._places[link.fileno()] = (link, rows.landing[duck])
 
     def turn(self, side: _Side, rounds: int) -> None:
-        cpu = time.thread_time()
+        cpu = time.process_time()
         for _ in range(rounds):
             begun = time.perf_counter()
             self._round()
             side.latencies.append(time.perf_counter() - begun)
-        side.cpu.append((time.thread_time() - cpu) / rounds)
+        side.cpu.append((time.process_time() - cpu) / rounds)
 
     def _round(self) -> None:
         for link in self._links:

@@ -422,21 +422,22 @@ class MulticastPlane:
         events, trains = self._receiver.collect()
         good: dict[int, dict[int, float]] = {}
         for ticket, duck, what, _, bits, at in events:
-            if not self._receiver.get(ticket):  # it ended after they came
-                continue
-            if what == library.EVENT_DOUBLED:
-                self._half.doubled(duck, ticket, bits)
-                continue
-            self._half.landed(duck, ticket, bits, at)
             if what == library.MESSAGE_GOOD:
                 if ticket in good:
                     good[ticket][duck] = at
                 else:
                     good[ticket] = {duck: at}
-            elif what == library.MESSAGE_BAD:
-                self._failed(duck, ticket, now)
+            elif not self._receiver.get(ticket):  # it ended after they came
+                continue
+            elif what == library.EVENT_DOUBLED:
+                self._half.doubled(duck, ticket, bits)
+            else:
+                self._half.landed(duck, ticket, bits, at)
+                if what == library.MESSAGE_BAD:
+                    self._failed(duck, ticket, now)
         for ticket, came in good.items():
             if waiting := self._receiver.get(ticket):
+                self._half.landed_whole(ticket, came)
                 if self._sealer:
                     came = {duck: at for duck, at in came.items() if self._opened(duck, waiting)}
                 self._arrived(waiting.ask, came, came.values())
@@ -457,6 +458,7 @@ class MulticastPlane:
 
     def _settle(self, now: float) -> None:
         self._do(self._half.settle(now))
+        self._do(self._half.due(now))
         self._arm()
 
     def _opened(self, duck: int, waiting: Waiting) -> bool:
@@ -575,14 +577,14 @@ class MulticastPlane:
 
     def _wake(self) -> None:
         self._wakes_at = math.inf
-        # What lies in the socket already is not late.
+        # What lies in the socket already is not late: it is taken before who is late is asked.
         if self._receiver:
             self._collect()
-        else:
-            for nic in self._nics.values():
-                self._readable(nic)
-        self._do(self._half.due(_clock()))
-        self._arm()
+            return
+        now = _clock()
+        for nic in self._nics.values():
+            self._take(nic.socket.drain(), now)
+        self._settle(now)
 
     def tick(self) -> None:
         for nic in self._nics.values():

@@ -35,7 +35,7 @@ constexpr int kUdp = 17, kUdpGro = 104;      // linux/udp.h; older headers lack 
 constexpr std::size_t kLargest = 1 << 16;    // of what one reception of datagrams brings
 constexpr std::size_t kStretch = 256 << 10;  // of what one of a stream does, the lock being held
 constexpr int kMostCalls = 128;              // whoever floods us holds nobody up
-constexpr int kPauseMs = 1;  // so long without an answer, and what has come is told
+constexpr int kPauseMs = 1;  // so long without an answer in a round that has begun is told
 constexpr std::size_t kMessages = 64;  // that one reception can bring at most
 
 template <typename T>
@@ -57,6 +57,7 @@ struct OpenAsk {
   std::size_t stride;                    // from one duck's to the next
   std::vector<std::uint64_t> missing;    // of every duck the fragments that have not come, as bits
   int owing;                             // ducks that lack some
+  bool begun = false;                    // something has come
 
   std::uint32_t ticket() const { return field<std::uint32_t>(front.data(), kTicket); }
   std::uint16_t fragments() const { return field<std::uint16_t>(front.data(), kFragments); }
@@ -76,6 +77,7 @@ struct OpenAsk {
     if (!missing[duck]) return;
     missing[duck] &= ~bits;
     owing -= !missing[duck];
+    begun = true;
   }
 };
 
@@ -277,6 +279,9 @@ struct duck_receiver {
 
  private:
   static constexpr int kReady = 64;
+
+  static bool begun_only(const OpenAsk& ask) { return ask.begun && ask.owing; }
+
   static constexpr std::uint32_t kSockets = 1u << 16, kStop = ~0u;
 
   int watch(int descriptor, std::uint32_t name) {
@@ -304,16 +309,18 @@ struct duck_receiver {
   void run() {
     for (;;) {
       epoll_event ready[kReady];
-      const int count = epoll_wait(epoll_, ready, kReady, untold_ ? kPauseMs : -1);
+      const int count = epoll_wait(epoll_, ready, kReady, restless_ ? kPauseMs : -1);
       std::unique_lock<std::mutex> held(lock_);
       handle(ready, count);
       if (stopping_) return;
-      untold_ = !told_ && (!events_.empty() || !trains_.empty());
-      if (untold_ && (urgent_ || count == 0 || full())) {
+      // A pause is told even if all before it was collected: something may be lost.
+      const bool paused = restless_ && count == 0;
+      if (!told_ && (urgent_ || paused || full())) {
         told_ = true;
-        untold_ = false;
         eventfd_write(wake_, 1);
       }
+      if (count) restless_ = std::any_of(asks_.begin(), asks_.end(), begun_only);
+      if (paused) restless_ = false;
       crowded_ = full();
       while (full() && !stopping_) room_.wait(held);
       crowded_ = false;
@@ -541,7 +548,7 @@ struct duck_receiver {
   bool urgent_ = false;   // some of it is
   bool told_ = false;     // the caller was woken for it
   bool crowded_ = false;  // the thread waits for room
-  bool untold_ = false;   // the thread's own: there is something, and the caller was not woken
+  bool restless_ = false;  // the thread's own: it would notice a pause between answers
 };
 
 int duck_receiver_create(int ducks, std::size_t payload, int seal, int check, int threaded,
