@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import structlog
 
 from duck import wire
@@ -25,6 +26,7 @@ from duck.errors import DuckLost
 from duck.kernels import library
 from duck.keys import ClusterKey
 from duck.placement import Plan, equal_slices
+from duck.transports import receive
 from duck.transports.base import Ask, Transport
 from duck.transports.control import FlockTransport, Plane
 from duck.transports.faulty import Faults, FaultyPlane, FaultyUdpSocket, disturb, spoil_datagram
@@ -211,6 +213,20 @@ def _bad_network(seed: int) -> Faults[Any]:
     )  # fmt: skip
 
 
+@contextlib.asynccontextmanager
+async def _in_a_thread(
+    make: Callable[..., FlockTransport],
+    ducks: Sequence[FakeDuck],
+    plan: Plan,
+    key: ClusterKey | None = None,
+) -> AsyncIterator[Transport]:
+    """As `_behind_ports`, with answers received as those of many ducks are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(receive, "THREAD_FROM", 1)
+        async with _behind_ports(make, ducks, plan, key) as transport:
+            yield transport
+
+
 # Every transport that keeps the contract; each is tested by the same suite.
 MAKERS = {
     "loopback": loopback,
@@ -220,9 +236,13 @@ MAKERS = {
     "shm, faulty": partial(_behind_ports, FaultyShm),
     "tcp": partial(_behind_ports, TcpTransport),
     "tcp with a key": partial(_behind_ports, TcpTransport, key=KEY),
+    "tcp in a thread": partial(_in_a_thread, TcpTransport),
+    "tcp with a key in a thread": partial(_in_a_thread, TcpTransport, key=KEY),
     "tcp, faulty": partial(_behind_ports, FaultyTcp),
     "multicast": partial(_behind_ports, Multicast),
     "multicast with a key": partial(_behind_ports, Multicast, key=KEY),
+    "multicast in a thread": partial(_in_a_thread, Multicast),
+    "multicast with a key in a thread": partial(_in_a_thread, Multicast, key=KEY),
     "multicast, faulty": partial(_behind_ports, FaultyMulticast),
     "multicast with a key, faulty": partial(_behind_ports, FaultyMulticast, key=KEY),
 }

@@ -32,8 +32,8 @@ _COLLECTED = struct.Struct("<iiQQ")
 _MOST_EVENTS, _MOST_TRAINS, _MOST_BYTES = 512, 256, 1 << 19
 MOST_FRAGMENTS = 64
 """Answers in more pieces go the long way."""
-# From so many ducks on, a thread receives.
-_THREAD_FROM = 5
+THREAD_FROM = 5
+"""From so many ducks on, a thread receives."""
 
 
 def is_available() -> bool:
@@ -140,7 +140,7 @@ class Receiver:
         self.receptions = self.datagrams = 0  # of datagram sockets, so far
         self._native = library.swift()
         made = ctypes.c_void_p()
-        threaded = ducks >= _THREAD_FROM if threaded is None else threaded
+        threaded = ducks >= THREAD_FROM if threaded is None else threaded
         _check(
             self._native.duck_receiver_create(
                 ducks, payload_bytes, seal, check, threaded, library.address_of(self._calls),
