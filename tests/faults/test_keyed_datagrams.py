@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from duck import wire
 from duck.config import Network
 from duck.kernels import library
+from duck.transports import receive
 from duck.transports.base import Ask
 from duck.transports.datagrams import Address, UdpSocket
 from duck.transports.listen import ListeningDuck
@@ -82,11 +83,13 @@ class Outgoing(Ether):
             self._send(datagram, len(datagram), self._to)
 
 
-@pytest.fixture(autouse=True, params=["crc32", "crc32c"])
-def _checksum(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Datagrams are received by the long way with one, and natively with the other."""
+@pytest.fixture(autouse=True, params=["in Python", "natively", "in a thread"])
+def _receiving(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the host receives its datagrams."""
     library.native()
-    monkeypatch.setattr(library, "is_loaded", lambda: request.param == "crc32c")
+    monkeypatch.setattr(library, "is_loaded", lambda: request.param != "in Python")
+    if request.param == "in a thread":
+        monkeypatch.setattr(receive, "THREAD_FROM", 1)
 
 
 class Pond:

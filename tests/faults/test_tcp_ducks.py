@@ -18,7 +18,7 @@ from duck.errors import DuckLost, TransportClosed, TransportError, WireError
 from duck.kernels import library
 from duck.keys import ClusterKey
 from duck.placement import Plan
-from duck.transports import base, control
+from duck.transports import base, control, receive
 from duck.transports.base import Ask
 from duck.transports.control import _NO_WAY
 from duck.transports.listen import ListeningDuck
@@ -31,10 +31,12 @@ PLAN = plan_for(1)
 IDS = np.zeros((1, 2), np.int32)
 
 
-@pytest.fixture(autouse=True, params=["crc32", "crc32c"])
-def _checksum(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frames are received by the long way with one, and natively with the other."""
-    monkeypatch.setattr(library, "is_loaded", lambda: request.param == "crc32c")
+@pytest.fixture(autouse=True, params=["in Python", "natively", "in a thread"])
+def _receiving(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the host receives its frames."""
+    monkeypatch.setattr(library, "is_loaded", lambda: request.param != "in Python")
+    if request.param == "in a thread":
+        monkeypatch.setattr(receive, "THREAD_FROM", 1)
 
 
 @pytest.fixture(autouse=True)
