@@ -20,7 +20,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -475,8 +475,8 @@ class FlockTransport:
 
     # asks
 
-    async def acquire(self, rows: int = 1) -> Rows:
-        return await self.asks.ring.acquire(rows)
+    def acquire(self, rows: int = 1) -> Coroutine[Any, Any, Rows]:
+        return self.asks.ring.acquire(rows)
 
     def ask(
         self,
@@ -489,11 +489,12 @@ class FlockTransport:
         deadline: float,
     ) -> Ask:
         """Hand one message to the plane for every duck; see the contract in `base`."""
-        ask = self.asks.open(layer, len(x), ids, rows, deadline)
+        asks = self.asks
+        ask = asks.open(layer, len(x), ids, rows, deadline)
         try:
             self.plane.send(ask, wire.pack_ask(ids, weights, x))
         except TransportError as error:
-            self.asks.fail(ask, error)
+            asks.fail(ask, error)
             raise
         return ask
 
