@@ -225,7 +225,7 @@ class ShmPlane:
             raise ConfigError("--transport shm needs Linux: use --transport tcp")
         self._flock = flock
         self._loop = asyncio.get_running_loop()
-        self._late = self._wakeups = self._signals = 0
+        self._late = self._wakeups = self._signals = self._whole = 0
         ducks = flock.plan.ducks
         layout = Layout(flock.plan)
         self._file = _memory_file(layout.nbytes)
@@ -333,6 +333,7 @@ class ShmPlane:
             else:
                 self._take_some(slot, ask)
                 slot.taken, slot.known = taken, bytes(slot.states)
+            self._whole += ask.gather.complete
         if ask.ticket not in asks.open_asks:
             del self._flying[slot.number]
 
@@ -368,8 +369,8 @@ class ShmPlane:
         )
 
     def heard(self, duck: int) -> int:
-        """The control connection says who lives."""
-        return 0
+        """How many asks all ducks have answered; the control connection says more."""
+        return self._whole
 
     def stats(self) -> Mapping[str, float]:
         if self._memory:
