@@ -16,12 +16,13 @@ class Gather:
         fragments: in how many fragments each duck's answer comes.
     """
 
-    __slots__ = ("_ducks", "_fragments", "_left")
+    __slots__ = ("_ducks", "_fragments", "_left", "_one")
 
     def __init__(self, ducks: int, fragments: int) -> None:
         self._ducks, self._fragments = ducks, fragments
         # What has not come, as bits: all fragments of duck 0, from the first on, then of duck 1 ...
         self._left = (1 << ducks * fragments) - 1
+        self._one = (1 << fragments) - 1  # the bits of duck 0's answer
 
     def note(self, duck: int, fragment: int, fragments: int) -> bool:
         """Note a verified fragment. False for a duplicate, which must change nothing.
@@ -40,15 +41,11 @@ class Gather:
 
     def note_whole(self, duck: int) -> None:
         """Note all of a duck's answer at once, whatever was noted of it before."""
-        self._left &= ~(self._of_one() << duck * self._fragments)
+        self._left &= ~(self._one << duck * self._fragments)
 
     def note_all(self) -> None:
         """Note all of all answers at once, whatever was noted before."""
         self._left = 0
-
-    def _of_one(self) -> int:
-        """The bits of duck 0's answer."""
-        return (1 << self._fragments) - 1
 
     @property
     def complete(self) -> bool:
@@ -61,7 +58,7 @@ class Gather:
 
     def has(self, duck: int) -> bool:
         """This duck's answer is whole."""
-        return not self._left >> duck * self._fragments & self._of_one()
+        return not self._left >> duck * self._fragments & self._one
 
     @property
     def missing(self) -> tuple[int, ...]:

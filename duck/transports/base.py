@@ -312,16 +312,15 @@ class AskTable:
             WireError: it does not belong to this ask.
         """
         if ask.gather.note(duck, fragment, fragments) and ask.gather.has(duck):
-            self._came(ask, (duck,))
+            ask.arrived_at[duck] = now = time.perf_counter()
+            if ask.gather.complete:
+                self._complete(ask, now)
 
     def arrived_whole(self, ask: Ask, ducks: Collection[int]) -> None:
         """All of these ducks' verified answers lie in the row set, in however many fragments.
 
         ducks: each once.
         """
-        self._came(ask, ducks)
-
-    def _came(self, ask: Ask, ducks: Collection[int]) -> None:
         now, gather = time.perf_counter(), ask.gather
         if len(ducks) == self.ducks:
             gather.note_all()
@@ -330,7 +329,11 @@ class AskTable:
             for duck in ducks:
                 gather.note_whole(duck)
                 ask.arrived_at[duck] = now
-        if gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
+        if gather.complete:
+            self._complete(ask, now)
+
+    def _complete(self, ask: Ask, now: float) -> None:
+        if self.open_asks.pop(ask.ticket, None) is not None:
             ask.done_at = now
             if not ask._future.done():
                 ask._future.set_result(ask.rows)
