@@ -189,7 +189,7 @@ def sum_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], bool]:
 def _place_of(array: npt.NDArray[Any]) -> int:
     """Where a contiguous array lies; sooner than numpy says it, if it may be written to."""
     if array.flags.writeable:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
     address: int = array.ctypes.data
     return address
 
