@@ -148,9 +148,9 @@ async def test_a_thousand_connections_that_say_nothing(served: tuple[str, Listen
 async def test_a_peer_that_connects_and_stalls(served: tuple[str, ListeningDuck]) -> None:
     address, end = served
     end.GREETING_S = 0.05
-    silent, slow = await Peer.connect(address), await Peer.connect(address)
-    slow.writer.write(wire.encode_control({"t": "HELLO", **hello(PLAN)})[:-1])
     with capture_logs() as logs:
+        silent, slow = await Peer.connect(address), await Peer.connect(address)
+        slow.writer.write(wire.encode_control({"t": "HELLO", **hello(PLAN)})[:-1])
         assert await silent.ended()
         assert await slow.ended()
     assert end.refused == 2
