@@ -243,7 +243,7 @@ async def test_a_newer_host_that_still_speaks_our_version(
 async def test_host_of_another_slice_while_one_is_served(
     served: tuple[str, ListeningDuck], duck: FakeDuck
 ) -> None:
-    address, _ = served
+    address, end = served
     async with Host.attached(address, PLAN) as first:
         peer = await Peer.connect(address)
         peer.say("HELLO", **hello(OTHER_SLICE))
@@ -256,6 +256,7 @@ async def test_host_of_another_slice_while_one_is_served(
                 assert (await host.data.frame())[0].session == host.session
         first.control.say("BYE")
         assert await first.control.ended()
+    await _until(lambda: not end._sessions)
     async with Host.attached(address, OTHER_SLICE):
         assert [plan for plan, _ in duck.attached][-1] == OTHER_SLICE
 
