@@ -31,6 +31,7 @@ from duck.transports.listen import ListeningDuck
 from duck.transports.shm import Layout, ShmTransport, Slot
 from tests.faults.peers import Peer, ScriptedDuck, hello
 from tests.flocks import WAIT_S, FakeDuck, fake_flock, listening, plan_for
+from tests.virtual import run
 
 PLAN = plan_for(1)
 
@@ -591,20 +592,20 @@ async def test_a_duck_whose_socket_cannot_be_reached(path: str) -> None:
     assert not _open_files() - before
 
 
-async def test_a_duck_that_does_not_take_the_memory(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from duck.transports import control
+def test_a_duck_that_does_not_take_the_memory(folders: Path) -> None:
+    """On a clock that jumps."""
 
-    monkeypatch.setattr(control, "CONNECT_S", 0.05)
+    async def main() -> None:
+        async with ScriptedDuck({"plane": {"socket": path}}).listening() as duck:
+            transport = ShmTransport([duck.address])
+            with pytest.raises(DuckLost, match="did not take the shared memory within 10 s"):
+                await transport.start(PLAN)
+
     path = str(folders / "socket")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        async with ScriptedDuck({"plane": {"socket": path}}).listening() as duck:
-            transport = ShmTransport([duck.address])
-            with pytest.raises(DuckLost, match="did not take the shared memory within"):
-                await transport.start(PLAN)
+        run(main())
         os.unlink(path)
 
 
