@@ -25,7 +25,11 @@ def main() -> int:
     try:
         from duck import cli
 
-        return cli.main()
+        code = cli.main()
+        # All is said and put away, and again there is nothing that an exception could stop: it
+        # would only tear Python's own end.
+        signal.signal(signal.SIGINT, _leave)
+        return code
     except KeyboardInterrupt:
         # All is put away on the way here. Not `return`: Python would end itself by the signal when
         # it was caught inside an exec, and wait for threads first.

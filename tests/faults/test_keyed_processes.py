@@ -17,7 +17,7 @@ from duck.keys import ClusterKey
 from tests.checkpoints import make_checkpoint
 from tests.faults.processes import Marked, Run, linux_only, marked, start
 
-pytestmark = [linux_only, pytest.mark.timeout(300)]
+pytestmark = [linux_only, pytest.mark.timeout(600)]
 
 PROMPT = [5, 6, 7]
 ANSWER = duck.Sampling(max_tokens=8, ignore_eos=True)

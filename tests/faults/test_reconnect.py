@@ -141,7 +141,7 @@ async def test_answers_of_the_old_session_are_dropped_and_counted(key: ClusterKe
         before = transport.stats()["malformed"]
         new.feed._sockets[0].send(late, len(late), new.feed._where.host)
         await _until(lambda: transport.stats()["malformed"] > before)
-        assert ask.gather.missing == (0,)
+        assert not ask.gather.has(0)
         flock.ducks[0].let_go()
         np.testing.assert_array_equal((await ask).partials(1), want)
         ask.release()
@@ -193,7 +193,7 @@ async def _rest(answer: AsyncIterator[duck.Piece]) -> None:
 
 
 @linux_only
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("transport", ["tcp", "shm", "multicast"])
 @pytest.mark.parametrize("keyed", [False, True], ids=["plain", "keyed"])
 async def test_an_engine_goes_on_when_its_duck_is_back(
@@ -225,7 +225,7 @@ async def test_an_engine_goes_on_when_its_duck_is_back(
             with pytest.raises(DuckLost, match="reconnecting"):
                 await engine.generate(PROMPT, ANSWER)
             _node(processes, folder, tmp_path / "again", addresses[1], *more)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(WAIT_S):
                 while True:
                     try:
                         done = await engine.generate(PROMPT, ANSWER, session=session)

@@ -26,10 +26,12 @@ from duck.errors import DuckLost, TransportError, WireError
 from duck.placement import Plan
 from duck.transports import shm
 from duck.transports.base import Ask
+from duck.transports.control import PING_TICKS
 from duck.transports.listen import ListeningDuck
 from duck.transports.shm import Layout, ShmTransport, Slot
 from tests.faults.peers import Peer, ScriptedDuck, hello
 from tests.flocks import WAIT_S, FakeDuck, fake_flock, listening, plan_for
+from tests.virtual import run
 
 PLAN = plan_for(1)
 
@@ -492,6 +494,26 @@ async def test_a_late_answer_never_lands_in_another_asks_rows(hand: Hand) -> Non
     ask.release()
 
 
+async def test_a_duck_that_answers_is_pinged_now_and_then_only(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, duck = hand
+    transport.asks.on_tick = None  # we tick by hand
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(transport._control[0], "send", said.append)
+    for _ in range(2 * PING_TICKS):
+        ask = await _ask(transport)
+        duck.answer(ask, 3)
+        duck.signal()
+        await ask
+        ask.release()
+        transport._tick()
+    assert said == [{"t": "PING"}] * 2
+    for _ in range(3):  # it is silent
+        transport._tick()
+    assert said == [{"t": "PING"}] * 5
+
+
 @pytest.mark.parametrize("count", [0, 1 << 31, 0xFFFFFFFF])
 async def test_counts_that_are_spoilt(hand: Hand, count: int) -> None:
     """A signal that never comes only costs time: the host looks by itself now and then."""
@@ -570,20 +592,20 @@ async def test_a_duck_whose_socket_cannot_be_reached(path: str) -> None:
     assert not _open_files() - before
 
 
-async def test_a_duck_that_does_not_take_the_memory(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from duck.transports import control
+def test_a_duck_that_does_not_take_the_memory(folders: Path) -> None:
+    """On a clock that jumps."""
 
-    monkeypatch.setattr(control, "CONNECT_S", 0.05)
+    async def main() -> None:
+        async with ScriptedDuck({"plane": {"socket": path}}).listening() as duck:
+            transport = ShmTransport([duck.address])
+            with pytest.raises(DuckLost, match="did not take the shared memory within 10 s"):
+                await transport.start(PLAN)
+
     path = str(folders / "socket")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        async with ScriptedDuck({"plane": {"socket": path}}).listening() as duck:
-            transport = ShmTransport([duck.address])
-            with pytest.raises(DuckLost, match="did not take the shared memory within"):
-                await transport.start(PLAN)
+        run(main())
         os.unlink(path)
 
 

@@ -128,8 +128,8 @@ IDS = ("--prompt-ids", "5,6,7")
         ),
         (("bench", "transport", "--tail"), "--tail (see duck bench transport --help)"),
         (
-            ("node", "--listen", "no.such.name.invalid:1", "--model", "MODEL"),
-            "cannot listen on no.such.name.invalid:1: ",
+            ("node", "--listen", "[fe80::1%pond7]:1", "--model", "MODEL"),
+            "cannot listen on [fe80::1%pond7]:1: ",
         ),
         (("key", ""), "FILE is empty"),
         (("key", __file__), "exists already"),

@@ -13,6 +13,7 @@ import torch
 
 from duck.device import AHEAD, OVERTAKEN, SWITCH_S, Device, Later, Stage, now, switching_fast
 from duck.errors import ConfigError, DuckError
+from tests.flocks import WAIT_S
 
 
 @pytest.fixture
@@ -31,13 +32,13 @@ class Held:
 
         def wait() -> Later[None]:
             begun.set()
-            return now(self._go.wait(20))
+            return now(self._go.wait(WAIT_S))
 
         self.task = asyncio.create_task(device.run(Stage("attend", 1), wait))
         self._begun = begun
 
     async def begun(self) -> None:
-        await asyncio.to_thread(self._begun.wait, 20)
+        await asyncio.to_thread(self._begun.wait, WAIT_S)
 
     def let_go(self) -> None:
         self._go.set()
@@ -126,9 +127,11 @@ async def test_closed() -> None:
     held = Held(device)
     await held.begun()
     waiting = asyncio.create_task(device.run(Stage("attend", 1), lambda: now(1)))
-    await asyncio.sleep(0)
+    closing = asyncio.create_task(asyncio.to_thread(device.close))
+    while not device._closed:  # noqa: ASYNC110 (before, the worker would go on to what waits)
+        await asyncio.sleep(0)
     held.let_go()
-    device.close()
+    await closing
     with pytest.raises(DuckError, match="the engine is closed"):
         await waiting
     with pytest.raises(DuckError, match="the engine is closed"):
@@ -154,7 +157,7 @@ class Gpu:
         self.marks.put(event)
 
         def reached() -> None:
-            assert event.wait(20)
+            assert event.wait(WAIT_S)
             if self.error is not None:
                 raise self.error
 
@@ -162,7 +165,7 @@ class Gpu:
 
     async def launched(self) -> threading.Event:
         """Wait for the next piece of work to be launched."""
-        return await asyncio.to_thread(self.marks.get, timeout=20)
+        return await asyncio.to_thread(self.marks.get, timeout=WAIT_S)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from duck.errors import DuckError
 from duck.kernels.reference.experts import ReferenceExperts
 from duck.model.weights import ExpertWeights
 from duck.transports.worker import JOIN_ROWS, Waiting, Worker
+from tests.flocks import WAIT_S
 
-WAIT_S = 20.0
 SHAPE = wire.Shape(8, 2, ask_dtype="float32", answer_dtype="float32", max_rows=64)
 Answer = tuple[np.ndarray | DuckError, bytes]
 
