@@ -229,15 +229,13 @@ def unpack_ask(payload: bytes | bytearray | memoryview, shape: Shape) -> AskBody
     return AskBody(ids, weights, x.reshape(rows, shape.hidden))
 
 
+_IDS, _WEIGHTS = np.dtype("<i4"), np.dtype("<f4")
+
+
 def pack_ask(ids: np.ndarray, weights: np.ndarray, x: np.ndarray) -> bytes:
     """The body of an ask; arrays as in `AskBody`."""
-    return b"".join(
-        (
-            np.ascontiguousarray(ids, "<i4").tobytes(),
-            np.ascontiguousarray(weights, "<f4").tobytes(),
-            np.ascontiguousarray(x).tobytes(),
-        )
-    )
+    whole = np.ascontiguousarray
+    return b"".join((whole(ids, _IDS).data, whole(weights, _WEIGHTS).data, whole(x).data))
 
 
 def answer_frames(message_bytes: int) -> Iterator[tuple[int, int, int, int]]:

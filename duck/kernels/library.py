@@ -12,6 +12,7 @@ from ctypes import (
     c_int,
     c_size_t,
     c_ssize_t,
+    c_uint16,
     c_uint32,
     c_uint64,
     c_void_p,
@@ -64,6 +65,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [c_void_p, c_size_t, c_int, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p],
     ),
+    "duck_slot_ask": (None, [c_void_p, c_uint32, c_uint16, c_uint32, c_void_p, c_size_t]),
+    "duck_slot_take": (c_int, [c_void_p]),
     "duck_bf16_from_f32": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_f32_from_bf16": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_rows_sum": (c_int, [c_void_p, c_size_t, c_int, c_size_t, c_int, c_void_p]),
@@ -171,15 +174,24 @@ def sum_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], bool]:
 
     rows: float32, or uint16 holding bfloat16; each of rows[i] is contiguous.
     """
-    assert rows.dtype in (np.uint16, np.float32)
-    assert rows[0].flags.c_contiguous
-    total = np.empty(rows.shape[1:], np.float32)
-    library = swift() if total.size <= _SWIFT_SUMS else native()
+    first, kind = rows[0], rows.dtype.char
+    assert kind in "Hf"
+    assert first.flags.c_contiguous
+    total = np.empty(first.shape, np.float32)
+    size = total.size
+    library = swift() if size <= _SWIFT_SUMS else native()
     finite = library.duck_rows_sum(
-        rows.ctypes.data, rows.strides[0], len(rows), total.size, rows.dtype == np.uint16,
-        total.ctypes.data,
-    )  # fmt: skip
+        _place_of(first), rows.strides[0], len(rows), size, kind == "H", _place_of(total)
+    )
     return total, bool(finite)
+
+
+def _place_of(array: npt.NDArray[Any]) -> int:
+    """Where a contiguous array lies; sooner than numpy says it, if it may be written to."""
+    if array.flags.writeable:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+    address: int = array.ctypes.data
+    return address
 
 
 def f32_from_bf16(codes: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

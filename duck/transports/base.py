@@ -25,8 +25,8 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -41,6 +41,7 @@ SMALL_SETS = 8
 LARGE_SETS = 2
 _ALIGN = 64
 _STAMPS = struct.Struct("<II")  # what there is in wire.STAMPS
+_IDS = np.dtype(np.int32)
 # A duck that shows signs of life may take this long for an ask, plus its share a row: a bound for
 # what nothing else catches. Frozen and dead ducks are noticed within seconds. Ducks are told, and
 # drop what is older.
@@ -83,6 +84,7 @@ class Rows:
         self._memory = raw[start : start + ducks * (size + _ALIGN)].reshape(ducks, size + _ALIGN)
         first = _ALIGN - wire.STAMP_BYTES
         self._stamps = self._memory[:, first : first + _STAMPS.size]
+        self._partials = self._view(1)
         self.landing = tuple(row.data[first:] for row in self._memory)
         # For native code: where the first landing place is, and how far apart they are. Before each
         # there is room for a frame's header, which may then come in the same stretch.
@@ -92,6 +94,11 @@ class Rows:
 
     def partials(self, rows: int) -> np.ndarray:
         """(ducks, rows, hidden) in the answer dtype (bfloat16 as uint16), a view."""
+        if self._partials.shape[1] != rows:
+            self._partials = self._view(rows)
+        return self._partials
+
+    def _view(self, rows: int) -> np.ndarray:
         stop = _ALIGN + self._shape.answer_bytes(rows)
         view = self._memory[:, _ALIGN:stop].view(wire.wire_array(self._shape.answer_dtype))
         return view.reshape(len(self._memory), rows, self._shape.hidden)
@@ -218,13 +225,13 @@ class Ask:
         self.ticket, self.layer, self.count, self.rows = ticket, layer, count, rows
         self.deadline = deadline
         # Of each duck's message, without its header.
-        self.answer_bytes = wire.STAMP_BYTES + table.plan.shape.answer_bytes(count)
+        self.answer_bytes = wire.STAMP_BYTES + count * table.row_bytes
         self.fragments = -(-self.answer_bytes // wire.FRAME_LIMIT)
-        self.gather = Gather(table.plan.ducks, self.fragments)
+        self.gather = Gather(table.ducks, self.fragments)
         self.sent_at = time.perf_counter()
-        self.arrived_at = [0.0] * table.plan.ducks  # when each duck's answer was whole
+        self.arrived_at = [0.0] * table.ducks  # when each duck's answer was whole
         self.done_at = 0.0
-        self._future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
+        self._future: asyncio.Future[Rows] = table.loop.create_future()
         self._freed = False
 
     def __await__(self) -> Generator[Any, None, Rows]:
@@ -254,7 +261,10 @@ class AskTable:
     """The asks in flight of one transport: who waits for what, and how each wait ends."""
 
     def __init__(self, plan: Plan, labels: tuple[str, ...], pin: Pin | None = None) -> None:
-        self.plan = plan
+        self.plan, self.ducks = plan, plan.ducks
+        self._experts = plan.experts
+        self.row_bytes = plan.shape.answer_bytes(1)
+        self.loop = asyncio.get_running_loop()
         self.ring = RowRing(plan, pin)
         self.labels = labels
         self.open_asks: dict[int, Ask] = {}
@@ -266,9 +276,8 @@ class AskTable:
         self.on_tick: Callable[[], None] | None = None
         self.on_lose: Callable[[], None] | None = None
         self._next = 1
-        self._loop = asyncio.get_running_loop()
-        self._due = self._loop.time() + TICK_S
-        self._timer = self._loop.call_at(self._due, self._tick)
+        self._due = self.loop.time() + TICK_S
+        self._timer = self.loop.call_at(self._due, self._tick)
 
     def open(self, layer: int, count: int, ids: np.ndarray, rows: Rows, deadline: float) -> Ask:
         """A new ask of `count` rows with the next ticket.
@@ -279,8 +288,9 @@ class AskTable:
         """
         assert 1 <= count <= rows.capacity
         try:
-            self._check(layer)
-            check_ids(ids, self.plan.experts)
+            if self.closed or self.lost:
+                self._refuse(layer)
+            check_ids(ids, self._experts)
         except DuckError:
             self.ring.release(rows)
             raise
@@ -289,11 +299,11 @@ class AskTable:
         self.open_asks[ask.ticket] = ask
         return ask
 
-    def _check(self, layer: int) -> None:
+    def _refuse(self, layer: int) -> NoReturn:
         if self.closed:
             raise TransportClosed("the transport is closed")
-        for duck, reason in self.lost.items():
-            raise DuckLost(self.labels[duck], layer, 0.0, reason + self.hope, index=duck)
+        duck, reason = next(iter(self.lost.items()))
+        raise DuckLost(self.labels[duck], layer, 0.0, reason + self.hope, index=duck)
 
     def arrived(self, ask: Ask, duck: int, fragment: int, fragments: int) -> None:
         """A verified fragment lies in the row set; completes the ask when it was the last.
@@ -302,18 +312,28 @@ class AskTable:
             WireError: it does not belong to this ask.
         """
         if ask.gather.note(duck, fragment, fragments) and ask.gather.has(duck):
-            self._came(ask, (duck,))
+            ask.arrived_at[duck] = now = time.perf_counter()
+            if ask.gather.complete:
+                self._complete(ask, now)
 
-    def arrived_whole(self, ask: Ask, ducks: Iterable[int]) -> None:
-        """All of these ducks' verified answers lie in the row set, in however many fragments."""
-        self._came(ask, ducks)
+    def arrived_whole(self, ask: Ask, ducks: Collection[int]) -> None:
+        """All of these ducks' verified answers lie in the row set, in however many fragments.
 
-    def _came(self, ask: Ask, ducks: Iterable[int]) -> None:
-        now, gather, arrived_at = time.perf_counter(), ask.gather, ask.arrived_at
-        for duck in ducks:
-            gather.note_whole(duck)
-            arrived_at[duck] = now
-        if gather.complete and self.open_asks.pop(ask.ticket, None) is not None:
+        ducks: each once.
+        """
+        now, gather = time.perf_counter(), ask.gather
+        if len(ducks) == self.ducks:
+            gather.note_all()
+            ask.arrived_at = [now] * self.ducks
+        else:
+            for duck in ducks:
+                gather.note_whole(duck)
+                ask.arrived_at[duck] = now
+        if gather.complete:
+            self._complete(ask, now)
+
+    def _complete(self, ask: Ask, now: float) -> None:
+        if self.open_asks.pop(ask.ticket, None) is not None:
             ask.done_at = now
             if not ask._future.done():
                 ask._future.set_result(ask.rows)
@@ -363,13 +383,13 @@ class AskTable:
         self.hope = ""
 
     def _tick(self) -> None:
-        now = self._loop.time()
+        now = self.loop.time()
         if now - self._due > TICK_S:
             # It was us who were held up (suspended, or a long pause): no duck is to blame for it.
             for ask in self.open_asks.values():
                 ask.deadline += now - self._due
         self._due = now + TICK_S
-        self._timer = self._loop.call_at(self._due, self._tick)
+        self._timer = self.loop.call_at(self._due, self._tick)
         if self.on_tick:
             self.on_tick()
         self.expire(now)
@@ -471,7 +491,10 @@ def check_ids(ids: np.ndarray, experts: int) -> None:
     Raises:
         WireError: an id outside 0..experts-1.
     """
-    if ids.dtype == np.int32 and ids.size and int(ids.view(np.uint32).max()) < experts:
-        return  # a negative one is large without its sign: one look is enough
+    # A negative one is large without its sign: one look is enough. So few numbers are looked at
+    # sooner like this than numpy finds out how to.
+    plain = ids.dtype == _IDS and ids.size and ids.flags.c_contiguous
+    if plain and max(ids.data.cast("B").cast("I")) < experts:
+        return
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= experts):
         raise WireError(f"expert ids {int(ids.min())}..{int(ids.max())}, want 0..{experts - 1}")

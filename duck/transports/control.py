@@ -20,7 +20,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,6 +48,9 @@ PROGRESS_S = 120.0
 # Without any byte from a duck for this many ticks it counts as frozen. Ticks, not seconds: while
 # this process itself is held up no tick passes, so a busy host never blames its ducks.
 SILENT_TICKS = 12
+# A duck that is heard anyway, because it answers, gets a PING every so many ticks, which tells it
+# that its host is there; one that was not heard since the last tick gets one at once.
+PING_TICKS = 4
 # How long a duck that ended its data connection may take to say why.
 LAST_WORDS_S = 0.05
 # A flock that has lost a duck is gathered again after so long; twice as long from try to try.
@@ -219,6 +222,7 @@ class FlockTransport:
             self.watch(link, duck)
         self._heard = [-1] * plan.ducks
         self._silent = [0] * plan.ducks
+        self._ticks = 0
         asks.on_tick = self._tick
 
     def _hang_up(self) -> None:
@@ -475,8 +479,8 @@ class FlockTransport:
 
     # asks
 
-    async def acquire(self, rows: int = 1) -> Rows:
-        return await self.asks.ring.acquire(rows)
+    def acquire(self, rows: int = 1) -> Coroutine[Any, Any, Rows]:
+        return self.asks.ring.acquire(rows)
 
     def ask(
         self,
@@ -489,17 +493,19 @@ class FlockTransport:
         deadline: float,
     ) -> Ask:
         """Hand one message to the plane for every duck; see the contract in `base`."""
-        ask = self.asks.open(layer, len(x), ids, rows, deadline)
+        asks = self.asks
+        ask = asks.open(layer, len(x), ids, rows, deadline)
         try:
             self.plane.send(ask, wire.pack_ask(ids, weights, x))
         except TransportError as error:
-            self.asks.fail(ask, error)
+            asks.fail(ask, error)
             raise
         return ask
 
     def _tick(self) -> None:
-        """Ping every duck and count its silence."""
+        """Ping the ducks that are not heard anyway, and count everybody's silence."""
         self.plane.tick()
+        self._ticks += 1
         for duck, control in enumerate(self._control):
             heard = control.heard + self.plane.heard(duck)
             self._silent[duck] = 0 if heard != self._heard[duck] else self._silent[duck] + 1
@@ -510,8 +516,9 @@ class FlockTransport:
                 seconds = SILENT_TICKS * TICK_S
                 reason = f"no sign of life for {seconds:.1f} s (frozen or cut off)"
                 self.asks.lose(duck, reason)
-            control.send({"t": "PING"})
-            control.forget_messages()  # PONGs were signs of life
+            if self._silent[duck] or (self._ticks + duck) % PING_TICKS == 0:
+                control.send({"t": "PING"})
+                control.forget_messages()  # PONGs were signs of life
 
     def stats(self) -> Mapping[str, float]:
         plane = self.plane.stats()

@@ -34,7 +34,7 @@ from duck.transports.base import Ask, AskTable
 from duck.transports.control import FlockTransport, Plane, Welcome
 from duck.transports.datagrams import Address, UdpSocket
 from duck.transports.link import Frames, Link
-from duck.transports.shm import Memory, ShmPlane, Slot
+from duck.transports.shm import HostSlot, ShmPlane
 from duck.transports.tcp import TcpPlane
 
 Message = TypeVar("Message")
@@ -405,14 +405,14 @@ class _CorruptShm(ShmPlane):
         self._share, self._random = share, random
         self._looked: set[tuple[int, int]] = set()
 
-    def _take(self, memory: Memory, number: int, ask: Ask) -> None:
-        slot: Slot = memory.layout.slots[number]
+    def _take(self, slot: HostSlot) -> None:
+        memory, place = slot.memory, slot.place
         for duck in range(memory.layout.ducks):
-            offset = slot.answers + duck * slot.stride
+            offset = place.answers + duck * place.stride
             ticket = memory.word(offset + 8)
-            if ticket == ask.ticket and (ticket, duck) not in self._looked:
+            if slot.ask and ticket == slot.ask.ticket and (ticket, duck) not in self._looked:
                 self._looked.add((ticket, duck))
                 if self._random.random() < self._share:
                     at = offset + wire.HEADER_BYTES + self._random.randrange(wire.STAMP_BYTES)
                     memory.raw[at] ^= 1 << self._random.randrange(8)
-        super()._take(memory, number, ask)
+        super()._take(slot)

@@ -198,8 +198,8 @@ class ListeningDuck:
     STRANGE_BYTES = 1 << 14
     # The same where there is none, until HELLO has come: far above the largest.
     GREETING_BYTES = 1 << 16
-    # A host pings four times a second while its event loop turns. One that has been silent for so
-    # long keeps its place until another host needs it.
+    # A host pings at least once a second while its event loop turns. One that has been silent for
+    # so long keeps its place until another host needs it.
     SILENT_S = 15.0
 
     def __init__(

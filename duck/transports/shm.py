@@ -45,7 +45,7 @@ from duck.errors import ConfigError, DuckError, DuckLost, TransportError, WireEr
 from duck.kernels import library
 from duck.placement import Plan
 from duck.transports import control
-from duck.transports.base import Ask, set_capacities
+from duck.transports.base import Ask, Rows, set_capacities
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
@@ -59,6 +59,7 @@ _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 _HELLO = b"duck"
 _OK = b"OK"
 _CREDENTIALS = struct.Struct("3i")
+_SLOT = struct.Struct("<8QIi28sI")  # duck_slot of duck.h
 
 
 def is_available() -> bool:
@@ -176,6 +177,35 @@ def _header(
 # --- the host's end
 
 
+class HostSlot:
+    """A slot as the host uses it: the ask in flight, and what native code knows to put and take.
+
+    Args:
+        rows: the row set that it serves.
+        wake: the eventfd that wakes the ducks.
+    """
+
+    def __init__(self, memory: Memory, rows: Rows, session: int, wake: int) -> None:
+        self.memory, self.number = memory, rows.number
+        self.place = place = memory.layout.slots[rows.number]
+        self.ask: Ask | None = None
+        self.states = bytearray(memory.layout.ducks)
+        self.taken = 0  # answers, the last time it was looked at
+        self.known = b""  # the states then
+        want = _header(wire.Kind.ANSWER, session, 0, 0, 0, 0)[:28]
+        self._table = bytearray(
+            _SLOT.pack(
+                memory.address + place.ticket, memory.address + place.count,
+                memory.address + place.ask, memory.address + place.answers, place.stride,
+                rows.address, rows.stride, library.address_of(self.states),
+                memory.layout.ducks, wake, want, 0,
+            )
+        )  # fmt: skip
+        self.address = library.address_of(self._table)
+        native = library.swift() if place.swift else library.native()
+        self.put, self.take = native.duck_slot_ask, native.duck_slot_take
+
+
 class ShmPlane:
     """A `control.Plane`: the host's end of the shared memory."""
 
@@ -195,7 +225,7 @@ class ShmPlane:
             raise ConfigError("--transport shm needs Linux: use --transport tcp")
         self._flock = flock
         self._loop = asyncio.get_running_loop()
-        self._late = self._wakeups = self._signals = 0
+        self._late = self._wakeups = self._signals = self._whole = 0
         ducks = flock.plan.ducks
         layout = Layout(flock.plan)
         self._file = _memory_file(layout.nbytes)
@@ -206,10 +236,10 @@ class ShmPlane:
         self._to_host = self._eventfd()
         self._loop.add_reader(self._to_host, self._woken)
         self._opened.callback(self._loop.remove_reader, self._to_host)
-        # For every slot: its ask in flight, what an answer's header must be, which have been taken.
-        self._asks: list[Ask | None] = [None] * len(layout.slots)
-        self._wanted = [b""] * len(layout.slots)
-        self._states = np.zeros((len(layout.slots), ducks), np.uint8)
+        self._asks, self._all = flock.asks, range(ducks)
+        self._none = bytes(ducks)
+        self._slots: dict[int, HostSlot] = {}  # those that have been used, by their row sets
+        self._flying: dict[int, HostSlot] = {}  # those of them that have an ask in flight
 
     def _eventfd(self) -> int:
         descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -251,29 +281,23 @@ class ShmPlane:
 
     def send(self, ask: Ask, body: bytes) -> None:
         number = ask.rows.number
-        memory = self._memory
-        assert memory is not None
-        slot = memory.layout.slots[number]
-        session, size = self._flock.session, ask.answer_bytes
-        self._asks[number] = ask
-        kind = wire.Kind.ANSWER
-        self._wanted[number] = _header(kind, session, ask.ticket, ask.layer, 0, size)
-        self._states[number] = library.MESSAGE_NONE
-        memory.set_ticket(slot, 0)  # whoever still copies the last ask sees that it is over
-        memory.words[slot.count // 4] = 0
-        header = _header(wire.Kind.ASK, session, ask.ticket, ask.layer, wire.HOST, len(body))
-        memory.put(slot.ask, header, body, None)
-        memory.set_ticket(slot, ask.ticket)
-        self._signal()
+        slot = self._slots.get(number)
+        if slot is None:
+            slot = self._slots[number] = self._slot(ask.rows)
+        slot.ask, slot.taken, slot.known = ask, 0, self._none
+        self._flying[number] = slot
+        slot.put(slot.address, ask.ticket, ask.layer, ask.answer_bytes, body, len(body))
+        self._signals += 1
+
+    def _slot(self, rows: Rows) -> HostSlot:
+        assert self._memory is not None
+        return HostSlot(self._memory, rows, self._flock.session, self._to_ducks[0])
 
     def cancel(self, ask: Ask) -> None:
         memory = self._memory
         assert memory is not None
-        self._asks[ask.rows.number] = None
+        self._flying.pop(ask.rows.number, None)
         memory.set_ticket(memory.layout.slots[ask.rows.number], 0)
-        self._signal()
-
-    def _signal(self) -> None:
         with contextlib.suppress(BlockingIOError):  # 2^64 times and nobody looked
             os.eventfd_write(self._to_ducks[0], 1)
         self._signals += 1
@@ -281,8 +305,10 @@ class ShmPlane:
     # answers
 
     def _woken(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:  # noqa: SIM105 (a context manager takes as long as the call)
             os.eventfd_read(self._to_host)
+        except BlockingIOError:
+            pass
         self._wakeups += 1
         self._look()
 
@@ -291,41 +317,42 @@ class ShmPlane:
         self._look()
 
     def _look(self) -> None:
-        memory = self._memory
-        assert memory is not None
-        for number, ask in enumerate(self._asks):
-            if ask is not None:
-                self._take(memory, number, ask)
+        for slot in tuple(self._flying.values()):
+            self._take(slot)
 
-    def _take(self, memory: Memory, number: int, ask: Ask) -> None:
+    def _take(self, slot: HostSlot) -> None:
         """Take the answers that have come since the last time."""
-        asks = self._flock.asks
-        slot, states, rows = memory.layout.slots[number], self._states[number], ask.rows
-        if ask.ticket not in asks.open_asks:  # a duck was lost, or its deadline passed
-            self._asks[number] = None
-            return
-        before = states.copy() if states.any() else 0
-        native = library.swift() if slot.swift else library.native()
-        native.duck_messages_get(
-            memory.address + slot.answers, slot.stride, len(states), self._wanted[number],
-            ask.answer_bytes, rows.address, rows.stride, states.ctypes.data,
-        )  # fmt: skip
-        news = np.flatnonzero(states != before).tolist()
-        for duck in news:
-            if states[duck] != library.MESSAGE_GOOD:
-                asks.lose(duck, self._what_is_wrong(memory, slot, duck, int(states[duck])))
-                break  # the ask is lost with it
-        else:
-            asks.arrived_whole(ask, news)
+        asks, ask = self._asks, slot.ask
+        assert ask is not None
+        if ask.ticket in asks.open_asks:  # else a duck was lost, or its deadline passed
+            taken = slot.take(slot.address)
+            if taken == slot.taken:
+                return
+            if taken == len(self._all) and not slot.taken:
+                asks.arrived_whole(ask, self._all)
+            else:
+                self._take_some(slot, ask)
+                slot.taken, slot.known = taken, bytes(slot.states)
+            self._whole += ask.gather.complete
         if ask.ticket not in asks.open_asks:
-            self._asks[number] = None
+            del self._flying[slot.number]
+
+    def _take_some(self, slot: HostSlot, ask: Ask) -> None:
+        """There are answers, but not all, or not all now, or some that are none."""
+        news = [duck for duck in self._all if slot.states[duck] != slot.known[duck]]
+        for duck in news:
+            if slot.states[duck] != library.MESSAGE_GOOD:
+                self._asks.lose(duck, self._what_is_wrong(slot, duck))
+                return  # the ask is lost with it
+        self._asks.arrived_whole(ask, news)
 
     @staticmethod
-    def _what_is_wrong(memory: Memory, slot: Slot, duck: int, state: int) -> str:
+    def _what_is_wrong(slot: HostSlot, duck: int) -> str:
         """Why an answer is none: the duck's own words, or what we found."""
-        if state == library.MESSAGE_BAD:
+        memory, place = slot.memory, slot.place
+        if slot.states[duck] == library.MESSAGE_BAD:
             return "an answer failed its checksum"
-        offset = slot.answers + duck * slot.stride
+        offset = place.answers + duck * place.stride
         raw = memory.header(offset)
         try:
             header = wire.unpack_header(raw)
@@ -342,8 +369,8 @@ class ShmPlane:
         )
 
     def heard(self, duck: int) -> int:
-        """The control connection says who lives."""
-        return 0
+        """How many asks all ducks have answered; the control connection says more."""
+        return self._whole
 
     def stats(self) -> Mapping[str, float]:
         if self._memory:
@@ -357,6 +384,7 @@ class ShmPlane:
         if self._memory:
             self.stats()
             self._memory = None
+            self._slots, self._flying = {}, {}
 
 
 def _memory_file(nbytes: int) -> int:

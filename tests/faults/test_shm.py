@@ -26,6 +26,7 @@ from duck.errors import DuckLost, TransportError, WireError
 from duck.placement import Plan
 from duck.transports import shm
 from duck.transports.base import Ask
+from duck.transports.control import PING_TICKS
 from duck.transports.listen import ListeningDuck
 from duck.transports.shm import Layout, ShmTransport, Slot
 from tests.faults.peers import Peer, ScriptedDuck, hello
@@ -491,6 +492,26 @@ async def test_a_late_answer_never_lands_in_another_asks_rows(hand: Hand) -> Non
     duck.signal()
     np.testing.assert_array_equal((await ask).partials(1)[0], np.full((1, 8), 3))
     ask.release()
+
+
+async def test_a_duck_that_answers_is_pinged_now_and_then_only(
+    hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, duck = hand
+    transport.asks.on_tick = None  # we tick by hand
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(transport._control[0], "send", said.append)
+    for _ in range(2 * PING_TICKS):
+        ask = await _ask(transport)
+        duck.answer(ask, 3)
+        duck.signal()
+        await ask
+        ask.release()
+        transport._tick()
+    assert said == [{"t": "PING"}] * 2
+    for _ in range(3):  # it is silent
+        transport._tick()
+    assert said == [{"t": "PING"}] * 5
 
 
 @pytest.mark.parametrize("count", [0, 1 << 31, 0xFFFFFFFF])

@@ -32,6 +32,14 @@ def test_partials_are_aligned_and_lie_behind_the_stamps(dtype: str, rows: int) -
     assert all(partials[duck].ctypes.data % 64 == 0 for duck in range(2))
 
 
+def test_partials_of_one_set_for_asks_of_many_sizes() -> None:
+    landing = Rows(2, wire.Shape(5, 2, "float32", "float32", 3), 3)
+    for rows in (1, 3, 1, 2):
+        assert landing.partials(rows).shape == (2, rows, 5)
+        landing.partials(rows)[1] = rows
+        np.testing.assert_array_equal(landing.partials(3)[1, :rows], np.full((rows, 5), rows))
+
+
 async def test_ring_makes_large_sets_when_they_are_asked_for() -> None:
     ring = RowRing(plan_for(2, max_rows=256))
     free = ring.free
@@ -80,6 +88,26 @@ async def test_duplicates_complete_nothing() -> None:
     assert await ask is ask.rows
     assert not table.open_asks
     ask.release()
+    table.close()
+
+
+async def test_whole_answers_that_come_alone_and_together() -> None:
+    """When each came is known of all of them; a second time changes nothing."""
+    table = AskTable(plan_for(3), LABELS)
+    alone, together = [_open(table, layer, await table.ring.acquire(1)) for layer in (1, 2)]
+    table.arrived_whole(alone, (1,))
+    first = list(alone.arrived_at)
+    assert [at > 0 for at in first] == [False, True, False]
+    table.arrived_whole(alone, (0, 2))
+    assert alone.arrived_at[1] == first[1]
+    assert min(alone.arrived_at) >= alone.sent_at
+    assert alone.done_at == alone.arrived_at[0] == alone.arrived_at[2]
+    table.arrived_whole(together, range(3))
+    assert together.arrived_at == [together.done_at] * 3
+    table.arrived_whole(together, range(3))
+    for ask in (alone, together):
+        assert await ask is ask.rows
+        ask.release()
     table.close()
 
 

@@ -52,3 +52,18 @@ def test_what_does_not_belong(duck: int, fragment: int, fragments: int) -> None:
     with pytest.raises(WireError):
         gather.note(duck, fragment, fragments)
     assert gather.missing == (0, 1)
+
+
+def test_whole_answers_at_once() -> None:
+    gather = Gather(3, 2)
+    gather.note(1, 0, 2)
+    gather.note_whole(1)
+    gather.note_whole(1)
+    assert gather.missing == (0, 2)
+    assert [gather.seen(duck, 1) for duck in range(3)] == [False, True, False]
+    assert not gather.note(1, 1, 2)
+    assert not gather.complete
+    gather.note_all()
+    assert gather.complete
+    assert gather.missing == ()
+    assert gather.has(0)

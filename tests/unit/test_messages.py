@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import struct
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -111,3 +115,91 @@ def test_sources_count_on_from_the_wanted_one() -> None:
         places.put(index, source=0xFFFF if index == 0 else index - 1)
     assert places.get(source=0xFFFF) == 3
     assert places.states.tolist() == [GOOD] * 3
+
+
+# a host's slot
+
+SLOT = struct.Struct("<8QIi28sI")
+
+
+class HostSlot:
+    """A `duck_slot` of so many ducks, with everything it points to."""
+
+    def __init__(self, ducks: int) -> None:
+        self.places = Places(ducks, 100)
+        self.words = np.full(2, 99, np.uint32)  # ticket and count
+        self.ask = np.zeros(ROOM, np.uint8)
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK)
+        places = self.places
+        self.slot = bytearray(
+            SLOT.pack(
+                self.words.ctypes.data, self.words.ctypes.data + 4, self.ask.ctypes.data,
+                places.memory.ctypes.data, ROOM, places.rows.ctypes.data, ROOM,
+                places.states.ctypes.data, ducks, self.wake,
+                header(ticket=0, nbytes=0, layer=0)[:28], 0,
+            )
+        )  # fmt: skip
+        self.address = library.address_of(self.slot)
+
+    def put(self, body: bytes, ticket: int = 7, layer: int = 3) -> None:
+        library.native().duck_slot_ask(self.address, ticket, layer, 100, body, len(body))
+
+    def take(self) -> int:
+        taken: int = library.native().duck_slot_take(self.address)
+        return taken
+
+
+@pytest.fixture
+def slot() -> Iterator[HostSlot]:
+    if not hasattr(os, "eventfd"):
+        pytest.skip("this system has no eventfds, and no shared memory of our kind")
+    slot = HostSlot(3)
+    yield slot
+    os.close(slot.wake)
+
+
+@pytest.mark.parametrize("body", [b"", b"x", bytes(range(200))])
+def test_a_host_asks(slot: HostSlot, body: bytes) -> None:
+    slot.put(body, ticket=0xFFFFFFFE, layer=60000)
+    raw = slot.ask.tobytes()
+    head = wire.unpack_header(raw)
+    assert head[:9] == (
+        wire.Kind.ASK, 5, 0xFFFFFFFE, 60000, wire.HOST, 0, 1, len(body), 0,
+    )  # fmt: skip
+    assert raw[32 : 32 + len(body)] == body
+    assert head.crc == library.crc32c(raw[:28] + body)
+    assert not any(raw[32 + len(body) :])
+    assert slot.words.tolist() == [0xFFFFFFFE, 0]
+    assert os.eventfd_read(slot.wake) == 1
+
+
+def test_a_host_takes_what_answers_its_ask(slot: HostSlot) -> None:
+    places = slot.places
+    for ticket in (7, 8):
+        slot.put(b"ask", ticket=ticket)
+        assert slot.take() == 0  # what answered the ask before counts no more
+        places.put(1, ticket=ticket)
+        assert slot.take() == slot.take() == 1
+        places.put(0, ticket=ticket)
+        places.put(2, ticket=ticket)
+        assert slot.take() == 3
+        np.testing.assert_array_equal(places.rows[:, :100], places.bodies)
+        places.rows[:] = 0
+
+
+@pytest.mark.parametrize(("change", "state"), [({"layer": 4}, OTHER), ({}, BAD)])
+def test_a_host_is_told_of_what_is_no_answer(
+    slot: HostSlot, change: dict[str, int], state: int
+) -> None:
+    slot.put(b"ask")
+    slot.places.put(0)
+    slot.places.put(2, **change)
+    slot.places.memory[2, 50] ^= 1
+    assert slot.take() == slot.take() == -1
+    assert slot.places.states.tolist() == [GOOD, 0, state]
+
+
+def test_nobody_has_looked_for_ages(slot: HostSlot) -> None:
+    os.eventfd_write(slot.wake, (1 << 64) - 2)  # one more would not fit
+    slot.put(b"ask")
+    assert slot.words[0] == 7

@@ -123,6 +123,28 @@ DUCK_API int duck_messages_get(const void* places, std::size_t stride, int count
                                std::size_t bytes, void* rows, std::size_t row_stride,
                                std::uint8_t* states);
 
+// What a host has of a place in shared memory for an ask and every duck's answer to it.
+struct duck_slot {
+  std::uint64_t ticket, count;      // std::uint32_t*: which ask it serves, how many have answered
+  std::uint64_t ask;                // where the ask's message goes
+  std::uint64_t answers, stride;    // duck 0's message, and the distance from one duck's to the next
+  std::uint64_t rows, row_stride;   // where the answers' bodies are copied to
+  std::uint64_t states;             // duck_message[ducks], of the ask in flight
+  std::uint32_t ducks;
+  std::int32_t wake;                // the eventfd that wakes the ducks
+  std::uint8_t want[28];            // the header of duck 0's answer, up to the checksum
+  std::uint32_t bytes;              // of an answer's body
+};
+
+// Puts an ask there and wakes the ducks. `bytes`: of each answer's body; the other fields of `want`
+// must be right.
+DUCK_API void duck_slot_ask(duck_slot* slot, std::uint32_t ticket, std::uint16_t layer,
+                            std::uint32_t bytes, const void* body, std::size_t body_bytes);
+
+// Takes the answers that are there (duck_messages_get). Returns how many have been taken since the
+// ask was put; -1 when one of them is not GOOD.
+DUCK_API int duck_slot_take(duck_slot* slot);
+
 // Answers that come through sockets (receive.cpp), straight into the rows of the asks that wait for
 // them; what does not fit an open ask is left to the caller. Never waits.
 //

@@ -4,6 +4,8 @@
 // ticket, at offset 8, is written last and read first. A reader copies the body into memory of its
 // own and believes the copy only when its checksum is right: whatever the writer, or anybody else
 // who has the memory, does to it meanwhile or afterwards.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -11,7 +13,10 @@
 
 namespace {
 
-constexpr std::size_t kHeader = 32, kCrc = 28, kTicket = 8, kSource = 14;
+constexpr std::size_t kHeader = 32, kCrc = 28;
+constexpr std::size_t kKind = 3, kTicket = 8, kLayer = 12, kSource = 14, kBytes = 20;
+constexpr std::uint8_t kAsk = 1;
+constexpr std::uint16_t kHost = 0xFFFF;
 // So much is copied before it is summed: it is in the nearest cache then.
 constexpr std::size_t kBlock = 15 * 1024;
 
@@ -19,6 +24,16 @@ std::uint32_t field(const std::uint8_t* header, std::size_t offset) {
   std::uint32_t value;
   std::memcpy(&value, header + offset, sizeof value);
   return value;
+}
+
+template <typename T>
+void set(std::uint8_t* header, std::size_t offset, T value) {
+  std::memcpy(header + offset, &value, sizeof value);
+}
+
+template <typename T>
+T* at(std::uint64_t address) {
+  return reinterpret_cast<T*>(address);
 }
 
 // Copies a body and continues a checksum over the copy.
@@ -81,4 +96,36 @@ int duck_messages_get(const void* places, std::size_t stride, int count, const v
     states[index] = crc == field(head, kCrc) ? DUCK_MESSAGE_GOOD : DUCK_MESSAGE_BAD;
   }
   return known;
+}
+
+void duck_slot_ask(duck_slot* slot, std::uint32_t ticket, std::uint16_t layer, std::uint32_t bytes,
+                   const void* body, std::size_t body_bytes) {
+  std::memset(at<std::uint8_t>(slot->states), DUCK_MESSAGE_NONE, slot->ducks);
+  set(slot->want, kTicket, ticket);
+  set(slot->want, kLayer, layer);
+  set(slot->want, kBytes, bytes);
+  slot->bytes = bytes;
+  std::uint8_t header[kCrc];
+  std::memcpy(header, slot->want, kCrc);
+  set(header, kKind, kAsk);
+  set(header, kSource, kHost);
+  set(header, kBytes, std::uint32_t(body_bytes));
+  auto* serves = at<std::uint32_t>(slot->ticket);
+  __atomic_store_n(serves, 0u, __ATOMIC_SEQ_CST);  // whoever still copies the last ask sees it
+  __atomic_store_n(at<std::uint32_t>(slot->count), 0u, __ATOMIC_SEQ_CST);
+  duck_message_put(at<void>(slot->ask), header, body, body_bytes, nullptr, 0);
+  __atomic_store_n(serves, ticket, __ATOMIC_SEQ_CST);
+  const std::uint64_t one = 1;
+  // It fails when it was written to 2^64 times and nobody looked.
+  [[maybe_unused]] const auto written = write(slot->wake, &one, sizeof one);
+}
+
+int duck_slot_take(duck_slot* slot) {
+  auto* states = at<std::uint8_t>(slot->states);
+  const int count = int(slot->ducks);
+  const int known = duck_messages_get(at<void>(slot->answers), slot->stride, count, slot->want,
+                                      slot->bytes, at<void>(slot->rows), slot->row_stride, states);
+  const bool good =
+      std::all_of(states, states + count, [](std::uint8_t s) { return s <= DUCK_MESSAGE_GOOD; });
+  return good ? known : -1;
 }
