@@ -20,7 +20,7 @@ def _run(limit: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """The command under `ulimit LIMIT`."""
     shell = f'ulimit {limit}; exec "$@"'
     command = ["sh", "-c", shell, "sh", sys.executable, "-m", "duck", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -525,6 +525,7 @@ async def test_a_duck_that_computes_for_long_is_not_frozen(monkeypatch: pytest.M
         for _ in range(3 * control.SILENT_TICKS):
             heard = link.heard
             transport._tick()
+            transport._tick()  # now it has been silent for a tick: it is pinged
             async with asyncio.timeout(WAIT_S):
                 while link.heard == heard:  # noqa: ASYNC110
                     await asyncio.sleep(0)

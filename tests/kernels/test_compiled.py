@@ -19,7 +19,7 @@ NAMES = {
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("capability", "part"),
     [
@@ -42,7 +42,7 @@ def test_kernels_compile_and_fit(capability: int, part: str, tmp_path: Path) -> 
         text=True,
         env=environment,
         cwd=ROOT,
-        timeout=280,
+        timeout=880,
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

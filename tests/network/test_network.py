@@ -49,7 +49,10 @@ def pond(request: pytest.FixtureRequest) -> Iterator[Pond]:
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy duck's PONG may take a while: smaller packets are for those that hear none."""
+    """All ducks share this machine: one may be slow to say WELCOME, or PONG; smaller packets are
+    for those that hear none.
+    """
+    monkeypatch.setattr(control, "CONNECT_S", WAIT_S)
     monkeypatch.setattr("duck.transports.multicast._TRY_S", 3.0)
 
 
