@@ -209,9 +209,10 @@ class Collector:
 
     def _readable(self) -> None:
         good: dict[int, dict[int, float]] = {}
+        besides: list[tuple[int, int, int]] = []
         for ticket, duck, what, error, _, at in self._receiver.collect().events:
             if what != library.MESSAGE_GOOD:
-                self._besides(duck, what, error)
+                besides.append((duck, what, error))
             elif ticket in good:
                 good[ticket][duck] = at
             else:
@@ -221,6 +222,9 @@ class Collector:
                 if self._openers:
                     came = {duck: at for duck, at in came.items() if self._opened(duck, waiting)}
                 self._asks.arrived_whole(waiting.ask, came, came.values())
+        # What a connection brings after an answer must meet that as one that has come.
+        for duck, what, error in besides:
+            self._besides(duck, what, error)
 
     def _besides(self, duck: int, what: int, error: int) -> None:
         """What came was no answer that is wanted."""
