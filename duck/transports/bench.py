@@ -11,8 +11,8 @@ ask that is dropped there is lost to all ducks. Only multicast has datagrams of 
 tcp the system sends again, and shm has nothing to lose. `faults` are those of faulty.py: datagrams
 of multicast meet all of them, verified answers of the others those that must not be noticed.
 
-The host's processor time is that of the thread that runs the event loop; adding up the answers is
-timed for itself. With 32 ducks on a few processors the latency is not that of 32 machines: the
+The host's processor time is that of its process: of the event loop's thread and of the one that may
+receive; adding up the answers is timed for itself. With 32 ducks on a few processors the latency is not that of 32 machines: the
 host's time is the figure to look at.
 """
 
@@ -74,7 +74,7 @@ class Row:
     rounds: int
     p50_us: float
     p99_us: float
-    host_cpu_us: float  # of the event loop's thread, without the sum
+    host_cpu_us: float  # of the host's process, without the sum
     sum_us: float  # its time for adding up the answers
     rounds_s: float
     calls: float | None  # system calls that send and receive, a round
