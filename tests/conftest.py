@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import structlog
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Kernels run in Triton's interpreter, on any machine; read when their modules are imported.
 os.environ["TRITON_INTERPRET"] = "1"
 
-# The machine may be busy: an example that is slow once says nothing.
-settings.register_profile("duck", deadline=None)
+# The machine may be busy: examples that are slow once, to run or to draw, say nothing.
+settings.register_profile("duck", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("duck")
 
 # Commands that run inside a test would bind every later event to that test's captured stderr.

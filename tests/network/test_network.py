@@ -163,6 +163,30 @@ def test_a_cable_is_pulled_for_two_seconds(pond: Pond, monkeypatch: pytest.Monke
         asyncio.run(main())
 
 
+def test_a_cable_that_is_away_for_too_long(pond: Pond) -> None:
+    """The duck is lost, and once its cable is back a new session begins."""
+
+    async def main() -> None:
+        async with attached(pond) as rounds:
+            before = rounds.transport.session
+            pond.plug(3, "down")
+            with pytest.raises(DuckLost, match=r"lost duck 3 .* no sign of life") as caught:
+                await rounds.run(10**9)
+            assert caught.value.index == 3
+            with pytest.raises(DuckLost, match=r"no sign of life .*; reconnecting"):
+                await rounds.run(1)
+            pond.plug(3, "up")
+            async with asyncio.timeout(WAIT_S):
+                while rounds.transport.asks.lost:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await rounds.run(20)
+            assert rounds.transport.session != before
+
+    pond.set_mtu(1500)
+    with pond.on_host():
+        asyncio.run(main())
+
+
 @pytest.mark.parametrize(("mtu", "payload"), [(1500, 1440), (1400, 1216)])
 def test_one_duck_behind_smaller_packets_decides_for_all(
     pond: Pond, mtu: int, payload: int
