@@ -20,7 +20,9 @@ Pure: no socket, no clock. Buffers are the caller's; nothing is copied on the wa
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -37,10 +39,12 @@ _HEAD_BYTES = 28  # of the header: all but its checksum
 # Ticket, layer, source, fragment, fragments: 12 bytes as they lie there. Ticket and fragment make
 # them new; the others are along for the ride.
 _NONCE = slice(8, 20)
+_SOURCE = slice(14, 16)
 _BY_TICKET = frozenset({Kind.ASK, Kind.ANSWER})
 _ANSWER = int(Kind.ANSWER)  # every one of a round is compared with it
 
 _FORGED = "a sealed {} is not authentic: forged, damaged, or another key"
+FORGED_ANSWER = _FORGED.format("ANSWER")
 
 Bytes = bytes | bytearray | memoryview
 
@@ -210,6 +214,30 @@ class Sealer:
         self._due[kind] = (ticket, fragment + 1)
 
 
+def open_answers(
+    openers: Mapping[int, Opener],
+    front: bytes,
+    pairs: Sequence[tuple[memoryview, memoryview]],
+    ducks: Iterable[int],
+) -> list[int]:
+    """Open the answers of these ducks to one ask; whose are forged or damaged.
+
+    On the way of every answer, so it is one loop over what was made ready before.
+
+    front: the header of duck 0's answer, 28 bytes of it. pairs: of every duck, the sealed answer
+    and where it goes, which is as long as the body.
+    """
+    before, behind, bad = front[: _SOURCE.start], front[_SOURCE.stop :], []
+    for duck in ducks:
+        head = before + duck.to_bytes(2, "little") + behind
+        sealed, out = pairs[duck]
+        try:
+            openers[duck].answers(head[_NONCE], sealed, head, out)
+        except InvalidTag:
+            bad.append(duck)
+    return bad
+
+
 class Opener:
     """Opens what comes on one channel.
 
@@ -255,16 +283,10 @@ class Opener:
             seen.note(number)  # only now: a forged number must not shut out the real one
         return size
 
-    def open_answer(self, head: bytes, sealed: Bytes, out: Bytes) -> None:
-        """As `open_into`, for whoever has everything at hand: one of these comes from every duck.
-
-        head: of an answer, 28 bytes of it; out: as long as the body.
-        """
-        cipher = self._ciphers.get(_ANSWER) or self._cipher(_ANSWER)
-        try:
-            cipher.decrypt_into(head[_NONCE], sealed, head, out)
-        except InvalidTag:
-            raise WireError(_FORGED.format("ANSWER")) from None
+    @cached_property
+    def answers(self) -> Callable[[Bytes, Bytes, Bytes, Bytes], int]:
+        """What opens answers, of a nonce, the sealed, its head and where to; see `open_answers`."""
+        return self._cipher(_ANSWER).decrypt_into
 
     def _cipher(self, kind: int) -> AESGCM:
         cipher = self._ciphers[kind] = AESGCM(self._channel.key(Kind(kind)))

@@ -37,7 +37,7 @@ from duck.config import MAX_MTU, MIN_MTU, Network, group_address
 from duck.errors import ConfigError, DuckError, TransportError, WireError
 from duck.kernels import library
 from duck.reliable import EVERYONE, Cut, DuckHalf, HostHalf, Lost, Run, Send
-from duck.seal import Opener, Sealer, overhead
+from duck.seal import Opener, Sealer, open_answers, overhead
 from duck.transports.base import SMALL_ROWS, Ask
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.datagrams import (
@@ -50,7 +50,7 @@ from duck.transports.datagrams import (
 )
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
-from duck.transports.receive import Arriving, Receiver, Waiting
+from duck.transports.receive import Arriving, Receiver
 from duck.transports.sealed import message_front
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
 from duck.transports.timer import Timer
@@ -439,7 +439,10 @@ class MulticastPlane:
             if waiting := self._receiver.get(ticket):
                 self._half.landed_whole(ticket, came)
                 if self._sealer:
-                    came = {duck: at for duck, at in came.items() if self._opened(duck, waiting)}
+                    front = message_front(waiting.front)
+                    for duck in open_answers(self._openers, front, waiting.sealed, came):
+                        del came[duck]
+                        self._failed(duck, ticket, now)
                 self._arrived(waiting.ask, came, came.values())
         self._take(trains, now)
         self._settle(now)
@@ -460,16 +463,6 @@ class MulticastPlane:
         self._do(self._half.settle(now))
         self._do(self._half.due(now))
         self._arm()
-
-    def _opened(self, duck: int, waiting: Waiting) -> bool:
-        """Open a sealed answer that is whole into its row; else it has to come again."""
-        front = waiting.front_of(duck)
-        try:
-            self._openers[duck].open_answer(message_front(front), *waiting.sealed[duck])
-        except WireError:
-            self._failed(duck, waiting.ask.ticket, _clock())
-            return False
-        return True
 
     def _failed(self, duck: int, ticket: int, now: float) -> None:
         """An answer is whole, and is not the one that was sent."""

@@ -52,13 +52,9 @@ class Waiting:
 
     def __init__(self, ask: Ask, front: bytes) -> None:
         self.ask = ask
-        self._front = front
+        self.front = front  # the header of duck 0's answer, up to the checksum
         # With a key: of every duck, where its sealed answer arrives and where it is opened to.
         self.sealed: list[tuple[memoryview, memoryview]] = []
-
-    def front_of(self, duck: int) -> bytes:
-        """The header of this duck's answer, up to the checksum."""
-        return self._front[:14] + duck.to_bytes(2, "little") + self._front[16:]
 
 
 class Arriving:
@@ -69,6 +65,8 @@ class Arriving:
         self.stride = -(-nbytes // 64) * 64
         self._taken: dict[int, memoryview] = {}
         self._spare: list[memoryview] = []
+        # Made once for each memory and row set.
+        self._pairs: dict[tuple[int, ...], list[tuple[memoryview, memoryview]]] = {}
 
     def take(self, ticket: int) -> int:
         """Memory for an ask; the address of duck 0's place, the others' are a stride apart."""
@@ -87,10 +85,13 @@ class Arriving:
     def pairs(self, ask: Ask, start: int, nbytes: int) -> list[tuple[memoryview, memoryview]]:
         """Of every duck: so many bytes of its place from `start` on, and where they open to."""
         memory, stride = self._taken[ask.ticket], self.stride
-        return [
-            (memory[at : at + nbytes], row[: ask.answer_bytes])
-            for at, row in zip(range(start, len(memory), stride), ask.rows.landing, strict=False)
-        ]
+        key = id(memory), ask.rows.number, nbytes
+        if key not in self._pairs:
+            places = zip(range(start, len(memory), stride), ask.rows.landing, strict=False)
+            self._pairs[key] = [
+                (memory[at : at + nbytes], row[: ask.answer_bytes]) for at, row in places
+            ]
+        return self._pairs[key]
 
     def give_back(self, ticket: int) -> None:
         """Nothing when it has none."""

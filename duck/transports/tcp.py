@@ -23,13 +23,13 @@ import numpy as np
 from duck import wire
 from duck.errors import DuckError, TransportError, WireError
 from duck.kernels import library
-from duck.seal import TAG_BYTES, Opener, Sealer
+from duck.seal import FORGED_ANSWER, TAG_BYTES, Opener, Sealer, open_answers
 from duck.transports import receive
 from duck.transports.base import SMALL_ROWS, Ask, AskTable
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.link import SPOILED, Link, data_frames, frame_bytes
 from duck.transports.listen import HostSession
-from duck.transports.receive import Arriving, Receiver, Waiting
+from duck.transports.receive import Arriving, Receiver
 from duck.transports.sealed import sealed_frames
 
 if TYPE_CHECKING:
@@ -220,7 +220,9 @@ class Collector:
         for ticket, came in good.items():
             if waiting := self._receiver.get(ticket):
                 if self._openers:
-                    came = {duck: at for duck, at in came.items() if self._opened(duck, waiting)}
+                    for duck in open_answers(self._openers, waiting.front, waiting.sealed, came):
+                        del came[duck]
+                        self._links[duck].blame(WireError(FORGED_ANSWER))
                 self._asks.arrived_whole(waiting.ask, came, came.values())
         # What a connection brings after an answer must meet that as one that has come.
         for duck, what, error in besides:
@@ -240,15 +242,6 @@ class Collector:
             link.abort(f"connection lost ({os.strerror(error)})")
         else:
             link.abort("connection closed")
-
-    def _opened(self, duck: int, waiting: Waiting) -> bool:
-        """Open a sealed answer into its row; else the connection ends."""
-        try:
-            self._openers[duck].open_answer(waiting.front_of(duck), *waiting.sealed[duck])
-        except WireError as error:
-            self._links[duck].blame(error)
-            return False
-        return True
 
     def _leave(self, duck: int, link: Link) -> None:
         """What has begun to come is the connection's own business."""

@@ -53,12 +53,12 @@ async def measure(name: str, pond: Pond, losses: list[float], count: int, longes
     await rounds(transport, plan, WARM_ROUNDS)
     for percent in losses:
         pond.lose(percent)
-        before, cpu = dict(transport.stats()), time.thread_time()
+        before, cpu = dict(transport.stats()), time.process_time()
         took: list[float] = []
         end = time.monotonic() + longest_s
         while len(took) < count and time.monotonic() < end:
             took += await rounds(transport, plan, 10)
-        cpu_us = (time.thread_time() - cpu) / len(took) * 1e6
+        cpu_us = (time.process_time() - cpu) / len(took) * 1e6
         after = transport.stats()
         again = [
             f"{(after[key] - before[key]) / len(took):.3f}" if key in after else "-"
