@@ -275,7 +275,7 @@ class HostHalf:
         self.missed = [0] * ducks  # asks in a row of which nothing came to a duck but when asked
         self._reorder_s = [0.0] * ducks  # how long fragments may be overtaken by the last
         # What came since `settle`.
-        self._partial: list[tuple[_Owed, int]] = []
+        self._partial: list[tuple[_Owed, int, float]] = []
         self._wanted: dict[int, dict[int, int]] = {}
 
     def open(self, ticket: int, layer: int, ask_bytes: int, answer_bytes: int, now: float) -> None:
@@ -407,7 +407,7 @@ class HostHalf:
         owed.tries[duck] = 0
         owed.missing[duck] = missing & ~bits
         if owed.missing[duck]:
-            self._partial.append((owed, duck))
+            self._partial.append((owed, duck, now))
         elif self._reorder_s[duck]:
             shorter = self._reorder_s[duck] * 0.998
             self._reorder_s[duck] = shorter if shorter > FLOOR_S / 2 else 0.0
@@ -459,14 +459,14 @@ class HostHalf:
         sends: list[Send] = []
         if not self._partial and not self._wanted:
             return sends
-        for owed, duck in self._partial:
+        for owed, duck, at in self._partial:
             missing = owed.missing[duck]
             if not missing or owed.ticket not in self._open or owed.nacked >> duck & 1:
                 continue
             # What the last fragment overtook is lost, or late by no more than it usually is.
             wait_s = FLOOR_S if missing >> owed.fragments - 1 else self._reorder_s[duck]
-            if wait_s:
-                self._wait(owed, duck, wait_s, now)
+            if at + wait_s > now:
+                self._wait(owed, duck, wait_s, at)
             else:
                 sends.append(self._nack(owed, duck, now))
         self._partial.clear()
