@@ -54,10 +54,12 @@ class TcpPlane:
         self._flock = flock
         self._links: dict[int, Link] = {}
         self._sends = 0
+        self._collector: Collector | None = None
         # The host has the native library when it can compile it; a duck always has.
         self._checksum = "crc32c" if library.is_loaded() else "crc32"
         self._sealer = Sealer(flock.keys.to_all(self.name)) if flock.keys else None
-        self._collector = Collector(flock, self._links) if self._collects() else None
+        if self._collects():
+            self._collector = Collector(flock, self._links)
 
     def _collects(self) -> bool:
         """Whether answers are received natively; else each connection does it by itself."""
@@ -152,12 +154,12 @@ class Collector:
         self._loop = asyncio.get_running_loop()
         ducks, shape = flock.plan.ducks, flock.plan.shape
         seal = TAG_BYTES if flock.keys else 0
+        # Connections that are in the middle of something else, and read by themselves.
+        self._apart = select.epoll()
         self._receiver = Receiver(flock.session, ducks, seal=seal, check=not flock.keys)
         self._openers: dict[int, Opener] = {}
         small = wire.STAMP_BYTES + shape.answer_bytes(min(SMALL_ROWS, shape.max_rows))
         self._arriving = Arriving(ducks, wire.HEADER_BYTES + small + seal)
-        # Connections that are in the middle of something else, and read by themselves.
-        self._apart = select.epoll()
         self._ducks: dict[int, int] = {}  # descriptor -> duck
         self._loop.add_reader(self._receiver.descriptor, self._readable)
         self._loop.add_reader(self._apart.fileno(), self._apart_readable)
