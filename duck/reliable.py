@@ -302,7 +302,8 @@ class HostHalf:
         turns = -(-ducks // self.SAMPLES)
         for duck in range(ticket % turns, ducks, turns):
             if first_at := owed.first_at[duck]:
-                self._answers[duck].sample(first_at - owed.sent_at)
+                # An answer may come while its ask is still sent to others.
+                self._answers[duck].sample(max(first_at - owed.sent_at, 0.0))
                 if owed.gaps[duck]:
                     self._gaps[duck].sample(owed.gaps[duck])
         if any(self.missed):
@@ -384,8 +385,8 @@ class HostHalf:
             owed.missing[duck] = 0
             owed.first_at[duck] = at
             if last_at:
-                owed.gaps[duck] = at - last_at
-            last_at = at
+                owed.gaps[duck] = max(at - last_at, 0.0)
+            last_at = max(last_at, at)
         owed.last_at = last_at
         self._may_be_overdue(owed, last_at)
 
@@ -399,9 +400,9 @@ class HostHalf:
         if missing == owed.full and not (owed.nacked | owed.probed) & mark:
             owed.first_at[duck] = now
             if owed.last_at:
-                owed.gaps[duck] = now - owed.last_at
-            owed.last_at = now
-            self._may_be_overdue(owed, now)
+                owed.gaps[duck] = max(now - owed.last_at, 0.0)
+            owed.last_at = max(owed.last_at, now)
+            self._may_be_overdue(owed, owed.last_at)
         elif owed.nacked & mark and owed.tries[duck] == 1:
             self._echoes[duck].sample(now - owed.asked_at[duck])
         owed.tries[duck] = 0

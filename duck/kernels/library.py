@@ -82,6 +82,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_receiver_open": (None, [c_void_p, c_void_p, c_void_p, c_size_t]),
     "duck_receiver_forget": (c_int, [c_void_p, c_uint32, c_void_p]),
     "duck_receiver_came": (None, [c_void_p, c_uint32, c_int]),
+    "duck_receiver_wants": (c_int, [c_void_p, c_uint32, c_int]),
     "duck_receiver_again": (None, [c_void_p, c_uint32, c_int]),
     "duck_receiver_begun": (c_size_t, [c_void_p, c_int, c_void_p, c_size_t]),
     "duck_receiver_resume": (c_int, [c_void_p, c_int]),

@@ -158,12 +158,12 @@ class MulticastPlane:
         self._chosen = {(nic := interface_named(name)).address: (nic, at) for name, at in pairs}
         self._mtu = network.mtu
         self._make_socket = make_socket
-        self._tcp = TcpPlane()
+        self._tcp = TcpPlane(SMALL_ROWS)
 
     def start(self, flock: FlockTransport) -> None:
         self._flock, self._closed = flock, False
         self._nics: dict[str, Nic] = {}  # by the interface's address
-        self._tcp.start(flock)
+        self._receiver: Receiver | None = None  # once all agree on how answers are cut
         self._loop = asyncio.get_running_loop()
         plan = flock.plan
         self._small = min(SMALL_ROWS, plan.shape.max_rows)
@@ -182,7 +182,6 @@ class MulticastPlane:
         self._largest = wire.STAMP_BYTES + plan.shape.answer_bytes(self._small) + self._tag_bytes
         # Sealed answers are put together here.
         self._arriving = Arriving(plan.ducks, self._largest)
-        self._receiver: Receiver | None = None  # once all agree on how answers are cut
         self._heard = [0] * plan.ducks
         self._warned: set[int] = set()  # ducks that multicasts do not reach
         self._agreed: asyncio.Future[None] = self._loop.create_future()
@@ -194,6 +193,10 @@ class MulticastPlane:
         self._wakes_at = math.inf  # when it does
         self.strangers = 0  # datagrams from unknown addresses
         self.malformed = 0  # datagrams that make no sense
+        self._tcp.start(flock)
+        # What covers answers is settled now, whatever is loaded while ducks shake hands; a receiver
+        # knows no checksum but this one.
+        self._natively = flock.keys is not None or self._tcp.checksum is library.crc32c
 
     # connecting
 
@@ -284,7 +287,7 @@ class MulticastPlane:
             if not silent:
                 self._cut = cut
                 self._half = HostHalf(self._flock.plan.ducks, cut)
-                if all(nic.socket.collects for nic in self._nics.values()):
+                if self._natively and all(nic.socket.collects for nic in self._nics.values()):
                     self._receive_natively(cut)
                 return
         duck = min(silent)
@@ -299,10 +302,10 @@ class MulticastPlane:
 
     def _receive_natively(self, cut: Cut) -> None:
         flock = self._flock
-        check = flock.keys is None and self._tcp.checksum is library.crc32c
         self._receiver = receiver = Receiver(
-            flock.session, flock.plan.ducks, check=check, payload_bytes=cut.payload_bytes
-        )
+            flock.session, flock.plan.ducks, check=flock.keys is None,
+            payload_bytes=cut.payload_bytes,
+        )  # fmt: skip
         for duck, address in self._addresses.items():
             receiver.add_sender(duck, address)
         for nic in self._nics.values():
@@ -613,6 +616,7 @@ class MulticastPlane:
         if self._receiver:
             self._loop.remove_reader(self._receiver.descriptor)
             self._receiver.close()  # before its sockets
+            self._receiver = None
         for nic in self._nics.values():
             nic.socket.close()
         self._tcp.close()

@@ -197,6 +197,12 @@ class Receiver:
         if ticket in self._waiting:
             self._native.duck_receiver_came(self._it, ticket, duck)
 
+    def wants(self, ticket: int, duck: int) -> bool:
+        """Whether an answer may still be written; True for asks that are not open here."""
+        if ticket not in self._waiting:
+            return True
+        return bool(self._native.duck_receiver_wants(self._it, ticket, duck))
+
     def again(self, ticket: int, duck: int) -> None:
         """An answer was no good: all of it is wanted once more."""
         if ticket in self._waiting:

@@ -46,9 +46,16 @@ _NOTHING = memoryview(bytearray())  # where a message without a body goes
 
 
 class TcpPlane:
-    """A `control.Plane`: the host's end of all data connections."""
+    """A `control.Plane`: the host's end of all data connections.
+
+    Args:
+        small: asks of so few rows have no business here.
+    """
 
     name = "tcp"
+
+    def __init__(self, small: int = 0) -> None:
+        self._small = small
 
     def start(self, flock: FlockTransport) -> None:
         self._flock = flock
@@ -85,7 +92,7 @@ class TcpPlane:
         opener = None
         if flock.keys:
             opener = Opener(flock.keys.to_host(self.name, duck, welcome.nonce))
-        answers = _Answers(flock.asks, duck, flock.session, self._collector)
+        answers = _Answers(flock.asks, duck, flock.session, self._collector, self._small)
         link.carry_data(answers, opener, self.checksum)
         self._links[duck] = link
         flock.watch(link, duck)
@@ -160,6 +167,7 @@ class Collector:
         self._openers: dict[int, Opener] = {}
         small = wire.STAMP_BYTES + shape.answer_bytes(min(SMALL_ROWS, shape.max_rows))
         self._arriving = Arriving(ducks, wire.HEADER_BYTES + small + seal)
+        self._parted: set[int] = set()  # whose they are
         self._ducks: dict[int, int] = {}  # descriptor -> duck
         self._loop.add_reader(self._receiver.descriptor, self._readable)
         self._loop.add_reader(self._apart.fileno(), self._apart_readable)
@@ -238,6 +246,7 @@ class Collector:
         elif what == library.MESSAGE_OTHER:
             self._leave(duck, link)
         elif what == library.EVENT_READABLE:
+            link.feed(self._receiver.begun(duck))  # if it was resumed since
             link.read()
             self._part_or_resume(duck, link)
         elif error:
@@ -252,12 +261,16 @@ class Collector:
 
     def _part_or_resume(self, duck: int, link: Link) -> None:
         """The connection reads by itself until it is between two frames."""
-        if link.transport.is_closing():
+        if link.transport.is_closing() or duck in self._parted:
             return
-        if link.between_frames:
-            self._receiver.resume(duck)
-        else:
-            self._apart.register(link.descriptor, select.EPOLLIN)
+        try:
+            if link.between_frames:
+                self._receiver.resume(duck)
+            else:
+                self._apart.register(link.descriptor, select.EPOLLIN)
+                self._parted.add(duck)
+        except (OSError, TransportError) as error:
+            link.abort(f"cannot be received from: {error}")
 
     def _apart_readable(self) -> None:
         for descriptor, _ in self._apart.poll(0):
@@ -268,7 +281,12 @@ class Collector:
                 self._receiver.drop(duck)  # the last that keeps the connection in `_apart`
             elif link.between_frames:
                 self._apart.unregister(descriptor)
-                self._receiver.resume(duck)
+                self._parted.remove(duck)
+                self._part_or_resume(duck, link)
+
+    def wants(self, duck: int, ask: Ask) -> bool:
+        """Whether an answer may be written to its row: it may lie there, and not be told yet."""
+        return self._receiver.wants(ask.ticket, duck)
 
     def has_come(self, duck: int, ask: Ask) -> None:
         """An answer went the long way: its row must not be written to any more."""
@@ -279,6 +297,9 @@ class Collector:
         return self._receiver.calls(duck)
 
     def close(self) -> None:
+        """The second time nothing."""
+        if self._apart.closed:
+            return
         self._loop.remove_reader(self._receiver.descriptor)
         self._loop.remove_reader(self._apart.fileno())
         self._receiver.close()
@@ -289,10 +310,10 @@ class _Answers:
     """What one duck may send on its data connection, and where it lands."""
 
     def __init__(
-        self, asks: AskTable, duck: int, session: int, collector: Collector | None
+        self, asks: AskTable, duck: int, session: int, collector: Collector | None, small: int
     ) -> None:
         self._asks, self._duck, self._session = asks, duck, session
-        self._collector = collector
+        self._collector, self._small = collector, small
         self._limit = wire.STAMP_BYTES + asks.plan.shape.answer_bytes(asks.plan.shape.max_rows)
         self._text = memoryview(bytearray(_TEXT_BYTES))
 
@@ -311,7 +332,10 @@ class _Answers:
                     f"an answer of {header.message_bytes} bytes for layer {header.layer}, "
                     f"want {ask.answer_bytes} for layer {ask.layer}"
                 )
-            if ask.gather.seen(self._duck, header.fragment):
+            if ask.count <= self._small:
+                raise WireError(f"an answer by TCP to ask {header.ticket}, which went by UDP")
+            wanted = not self._collector or self._collector.wants(self._duck, ask)
+            if not wanted or ask.gather.seen(self._duck, header.fragment):
                 raise WireError(f"fragment {header.fragment} of an answer came twice")
         return size
 

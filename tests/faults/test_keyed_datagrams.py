@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from duck import wire
 from duck.config import Network
+from duck.errors import TransportError
 from duck.kernels import library
 from duck.transports import receive
 from duck.transports.base import Ask
@@ -357,3 +358,38 @@ async def test_what_was_no_hosts_is_logged_at_the_end(monkeypatch: pytest.Monkey
     assert (event["strangers"], event["log_level"]) == (3, "info")
     assert event["reason"] == "the host said goodbye"
     assert "malformed" not in event
+
+
+async def test_a_library_that_is_loaded_while_ducks_shake_hands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What receives natively knows one checksum, and this session has the other."""
+    loaded = False
+    monkeypatch.setattr(library, "is_loaded", lambda: loaded)
+
+    class Loading(FakeDuck):
+        async def attach(self, *arguments: Any) -> Any:
+            nonlocal loaded
+            loaded = True
+            return await super().attach(*arguments)
+
+    async with listening(Loading(0)) as (address, _):
+        plane = MulticastPlane(Network(mtu=1500))
+        transport = MulticastTransport([address], plane=plane)
+        try:
+            await transport.start(PLAN)
+            assert loaded
+            assert plane._receiver is None
+        finally:
+            await transport.close()
+
+
+async def test_a_host_that_has_no_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_arguments: Any, **_more: Any) -> Any:
+        raise TransportError("the system refuses to receive: Too many open files")
+
+    monkeypatch.setattr(library, "is_loaded", lambda: True)
+    monkeypatch.setattr("duck.transports.tcp.Receiver", refused)
+    transport = MulticastTransport(["127.0.0.1:1"])
+    with pytest.raises(TransportError, match="Too many open files"):
+        await transport.start(PLAN)

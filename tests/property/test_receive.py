@@ -4,6 +4,7 @@ and nothing is written but to the places of fragments that were missing."""
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 from collections.abc import Iterator
@@ -448,3 +449,47 @@ def test_a_full_thread_ends_at_once() -> None:
         receiver.close()
         host.close()
         other.close()
+
+
+def test_a_part_that_was_handed_over_is_told_no_more() -> None:
+    """The thread found that it is no answer to the first ask; then that ask ended."""
+    receiver = Receiver(SESSION, DUCKS, threaded=True)
+    wires = Wires.of(receiver)
+    try:
+        places = [expect(receiver, 1, 100), expect(receiver, 2, 50)]
+        part = frame(2, 0, answer(2, 0, 50))[:60]
+        wires.theirs[0].sendall(part)
+        assert select.select([receiver.descriptor], [], [], 30)[0]
+        assert receiver.forget(1) == [0]
+        assert receiver.begun(0) == part
+        assert not list(receiver.collect().events)
+        assert places[1].body(0) == bytes([GUARD]) * 50
+    finally:
+        wires.close()
+        receiver.close()
+
+
+def test_a_round_that_ends_by_the_long_way_is_told() -> None:
+    """Though the next one has begun."""
+    receiver = Receiver(SESSION, DUCKS, threaded=True)
+    wires = Wires.of(receiver)
+    try:
+        places = [expect(receiver, 1, 100), expect(receiver, 2, 50)]
+        for duck in (0, 1):
+            wires.theirs[duck].sendall(frame(1, duck, answer(1, duck, 100)))
+        while not (receiver.calls(0) and receiver.calls(1)):
+            os.sched_yield()
+        assert receiver.wants(1, 2)
+        receiver.came(1, 2)
+        assert [receiver.wants(1, duck) for duck in range(DUCKS)] == [False] * 3
+        assert receiver.wants(2, 0)
+        assert receiver.wants(3, 0)  # of an ask that is not here
+        wires.theirs[2].sendall(frame(2, 2, answer(2, 2, 50))[:40])
+        good = {event[:3] for event in patient(receiver)}
+        assert good == {(1, duck, library.MESSAGE_GOOD) for duck in (0, 1)}
+        assert places[0].body(1) == answer(1, 1, 100)
+        receiver.again(1, 0)
+        assert receiver.wants(1, 0)
+    finally:
+        wires.close()
+        receiver.close()

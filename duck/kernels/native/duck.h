@@ -206,8 +206,10 @@ DUCK_API void duck_receiver_open(duck_receiver* receiver, const void* front, voi
 // `begun` gives the parts while the memory is still there. Returns how many.
 DUCK_API int duck_receiver_forget(duck_receiver* receiver, std::uint32_t ticket,
                                   std::uint16_t* ducks);
-// The caller has this answer; or wants it once more.
+// The caller has this answer; or wants it once more. Whether it is still wanted: 0 when it lies in its
+// place already; 1 too for asks that are not open here.
 DUCK_API void duck_receiver_came(duck_receiver* receiver, std::uint32_t ticket, int duck);
+DUCK_API int duck_receiver_wants(duck_receiver* receiver, std::uint32_t ticket, int duck);
 DUCK_API void duck_receiver_again(duck_receiver* receiver, std::uint32_t ticket, int duck);
 // Hands over the frame that was begun, and leaves the connection alone until `resume`. Returns its
 // bytes; when there is no room for so many, nothing was done.

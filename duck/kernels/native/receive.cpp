@@ -8,6 +8,7 @@
 #include "duck.h"
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <signal.h>
 #include <sys/epoll.h>
@@ -94,7 +95,7 @@ struct Inlet {
 }  // namespace
 
 // One lock guards all of it but what never changes. Python holds the GIL while it waits for the
-// lock, and the thread, which holds the lock for one reception at most, never wants the GIL.
+// lock, and the thread, which gives it back after every socket, never wants the GIL.
 struct duck_receiver {
   duck_receiver(int ducks, std::size_t payload, int seal, int check, std::uint32_t* calls)
       : calls_(calls),
@@ -151,7 +152,7 @@ struct duck_receiver {
 
   int connection(int duck, int socket) {
     // One of our own: a number that somebody closes may be another connection's a moment later.
-    const int own = dup(socket);
+    const int own = fcntl(socket, F_DUPFD_CLOEXEC, 0);
     if (own < 0) return errno;
     const std::lock_guard<std::mutex> held(lock_);
     Inlet& inlet = inlets_[duck];
@@ -198,6 +199,11 @@ struct duck_receiver {
         ducks[count++] = static_cast<std::uint16_t>(duck);
       }
     }
+    // What was to be said of these parts is said by handing them over.
+    const auto over = [&](const duck_event& event) {
+      return event.what == DUCK_MESSAGE_OTHER && event.ticket == ticket;
+    };
+    events_.erase(std::remove_if(events_.begin(), events_.end(), over), events_.end());
     spare_.push_back(std::move(ask->missing));
     asks_.erase(ask);
     return count;
@@ -206,7 +212,19 @@ struct duck_receiver {
   void came(std::uint32_t ticket, int duck) {
     const std::lock_guard<std::mutex> held(lock_);
     const auto ask = find(ticket);
-    if (ask != asks_.end()) ask->came(duck, ask->full());
+    if (ask == asks_.end()) return;
+    ask->came(duck, ask->full());
+    // The round may be complete by it: what was to wait for its end must not wait for a pause.
+    if (wake_ >= 0 && !ask->owing && !events_.empty() && !told_) {
+      told_ = true;
+      eventfd_write(wake_, 1);
+    }
+  }
+
+  bool wants(std::uint32_t ticket, int duck) {
+    const std::lock_guard<std::mutex> held(lock_);
+    const auto ask = find(ticket);
+    return ask == asks_.end() || ask->missing[duck];
   }
 
   void again(std::uint32_t ticket, int duck) {
@@ -310,8 +328,11 @@ struct duck_receiver {
     for (;;) {
       epoll_event ready[kReady];
       const int count = epoll_wait(epoll_, ready, kReady, restless_ ? kPauseMs : -1);
+      for (int i = 0; i < count; ++i) {
+        const std::lock_guard<std::mutex> held(lock_);
+        handle(ready + i, 1);
+      }
       std::unique_lock<std::mutex> held(lock_);
-      handle(ready, count);
       if (stopping_) return;
       // A pause is told even if all before it was collected: something may be lost.
       const bool paused = restless_ && count == 0;
@@ -592,6 +613,10 @@ void duck_receiver_came(duck_receiver* receiver, std::uint32_t ticket, int duck)
   receiver->came(ticket, duck);
 }
 
+int duck_receiver_wants(duck_receiver* receiver, std::uint32_t ticket, int duck) {
+  return receiver->wants(ticket, duck);
+}
+
 void duck_receiver_again(duck_receiver* receiver, std::uint32_t ticket, int duck) {
   receiver->again(ticket, duck);
 }
@@ -627,6 +652,7 @@ void duck_receiver_sender(duck_receiver*, int, std::uint64_t) {}
 void duck_receiver_open(duck_receiver*, const void*, void*, std::size_t) {}
 int duck_receiver_forget(duck_receiver*, std::uint32_t, std::uint16_t*) { return 0; }
 void duck_receiver_came(duck_receiver*, std::uint32_t, int) {}
+int duck_receiver_wants(duck_receiver*, std::uint32_t, int) { return 1; }
 void duck_receiver_again(duck_receiver*, std::uint32_t, int) {}
 std::size_t duck_receiver_begun(duck_receiver*, int, void*, std::size_t) { return 0; }
 int duck_receiver_resume(duck_receiver*, int) { return 1; }
