@@ -14,11 +14,12 @@ from structlog.testing import capture_logs
 
 from duck import wire
 from duck.config import Network
-from duck.errors import TransportError
+from duck.errors import DuckLost, TransportError
 from duck.kernels import library
 from duck.transports import receive
 from duck.transports.base import Ask
 from duck.transports.datagrams import Address, UdpSocket
+from duck.transports.link import data_frames
 from duck.transports.listen import ListeningDuck
 from duck.transports.multicast import MulticastPlane, MulticastTransport
 from duck.transports.tls import Credentials, Role
@@ -393,3 +394,28 @@ async def test_a_host_that_has_no_descriptors(monkeypatch: pytest.MonkeyPatch) -
     transport = MulticastTransport(["127.0.0.1:1"])
     with pytest.raises(TransportError, match="Too many open files"):
         await transport.start(PLAN)
+
+
+async def test_a_small_answer_by_tcp() -> None:
+    """It went by UDP, and UDP alone writes to its row."""
+    handler = FakeDuck(0)
+    handler.hold(3)
+    async with listening(handler) as (address, _):
+        plane: Any = MulticastPlane(Network(mtu=1500))
+        transport = MulticastTransport([address], plane=plane)
+        try:
+            await transport.start(PLAN)
+            rows = await transport.acquire(1)
+            x, ids = np.ones((1, HIDDEN), np.float32), np.zeros((1, 2), np.int32)
+            deadline = asyncio.get_running_loop().time() + WAIT_S
+            ask = transport.ask(3, x, ids, ids.astype(np.float32), rows, deadline=deadline)
+            frames = data_frames(
+                Kind.ANSWER, transport.session, ask.ticket, 3, 0, bytes(ask.answer_bytes),
+                plane._tcp.checksum,
+            )  # fmt: skip
+            plane._tcp._links[0].feed(b"".join(frames))
+            with pytest.raises(DuckLost, match=f"an answer by TCP to ask {ask.ticket}"):
+                await ask
+        finally:
+            handler.let_go()
+            await transport.close()

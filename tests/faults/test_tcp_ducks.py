@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -558,3 +559,32 @@ async def test_a_duck_lost_before_its_answer_is_missed_only_by_asks_it_owes() ->
         assert (await _lost(owed)).layer == 2
         np.testing.assert_array_equal(rows.partials(1)[0], OK)
         whole.release()
+
+
+async def test_an_answer_that_lies_there_and_is_not_told_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Received by the thread, not noted: the same duck's next frame must not be laid over it."""
+    library.native()
+    monkeypatch.setattr(library, "is_loaded", lambda: True)
+    monkeypatch.setattr(receive, "THREAD_FROM", 1)
+    plan = plan_for(2)
+    async with contextlib.AsyncExitStack() as stack:
+        liar = await stack.enter_async_context(ScriptedDuck().listening())
+        honest = await stack.enter_async_context(ScriptedDuck().listening())
+        transport = TcpTransport([liar.address, honest.address])
+        stack.push_async_callback(transport.close)
+        await transport.start(plan)
+        ask = await _ask(transport, 3)
+        data, other = await liar.data.get(), await honest.data.get()
+        header, _ = await data.frame()
+        plane: Any = transport.plane
+        before = plane._collector.heard(0)
+        data.writer.write(answer(plan, header, OK))
+        while plane._collector.heard(0) == before:  # the event loop does not turn meanwhile
+            os.sched_yield()
+        plane._links[0].feed(answer(plan, header, OK * 2)[:50])
+        assert "came twice" in str(plane._links[0].error)
+        other.writer.write(answer(plan, (await other.frame())[0], OK * 3, source=1))
+        with contextlib.suppress(DuckLost):
+            np.testing.assert_array_equal((await ask).partials(1), np.stack([OK, OK * 3]))
