@@ -412,43 +412,39 @@ def test_a_thread_receives_as_well(losses: list[tuple[int, int]], nbytes: int) -
         pond.close()
 
 
-def test_a_thread_that_is_full_waits_for_room() -> None:
-    """Datagrams that nobody wants fill the room; what comes then is there when it was emptied."""
+@contextlib.contextmanager
+def flooded(datagrams: list[bytes]) -> Iterator[Receiver]:
+    """A thread whose socket has these, which nobody wants."""
     receiver = Receiver(SESSION, DUCKS, payload_bytes=48, threaded=True)
     host, other = (socket.socket(type=socket.SOCK_DGRAM) for _ in range(2))
     try:
         host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 21)
         host.bind(("127.0.0.1", 0))
-        sent = [number.to_bytes(2, "little") * 20 for number in range(400)]
-        for datagram in sent:
+        for datagram in datagrams:
             other.sendto(datagram, host.getsockname())
         receiver.add_socket(host.fileno())
+        yield receiver
+    finally:
+        receiver.close()
+        host.close()
+        other.close()
+
+
+def test_a_thread_that_is_full_waits_for_room() -> None:
+    """What comes then is there when it was emptied."""
+    sent = [number.to_bytes(2, "little") * 20 for number in range(400)]
+    with flooded(sent) as receiver:
         left: list[bytes] = []
         while len(left) < len(sent):
             assert select.select([receiver.descriptor], [], [], 30)[0]
             left += [bytes(train) for train, _, _ in receiver.collect().trains]
         assert left == sent
-    finally:
-        receiver.close()
-        host.close()
-        other.close()
 
 
 def test_a_full_thread_ends_at_once() -> None:
-    receiver = Receiver(SESSION, DUCKS, payload_bytes=48, threaded=True)
-    host, other = (socket.socket(type=socket.SOCK_DGRAM) for _ in range(2))
-    try:
-        host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 21)
-        host.bind(("127.0.0.1", 0))
-        for _ in range(600):
-            other.sendto(b"x" * 40, host.getsockname())
-        receiver.add_socket(host.fileno())
+    with flooded([b"x" * 40] * 600) as receiver:
         assert select.select([receiver.descriptor], [], [], 30)[0]
-    finally:
         receiver.close()
-        receiver.close()
-        host.close()
-        other.close()
 
 
 def test_a_part_that_was_handed_over_is_told_no_more() -> None:
