@@ -89,6 +89,12 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_receiver_drop": (None, [c_void_p, c_int]),
     "duck_receiver_collect": (None, [c_void_p] * 5),
     "duck_receiver_send": (c_int, [c_void_p, c_void_p, c_size_t, c_void_p]),
+    "duck_echo_memory": (None, [c_void_p, c_void_p, *[c_int] * 5]),
+    "duck_echo_stream": (None, [c_void_p, c_int, c_size_t]),
+    "duck_echo_datagrams": (
+        c_int,
+        [c_void_p, c_int, c_int, c_uint32, c_uint16, c_size_t, c_void_p, c_void_p],
+    ),
 }
 
 

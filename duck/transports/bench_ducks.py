@@ -17,7 +17,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,19 +27,20 @@ from duck import wire
 from duck.errors import WireError
 from duck.kernels import library
 from duck.placement import Plan
-from duck.reliable import Cut
 from duck.transports.base import Loading
-from duck.transports.datagrams import Address, UdpSocket, train_size
-from duck.transports.link import Link, data_frames
+from duck.transports.datagrams import Address
+from duck.transports.link import Link
 from duck.transports.listen import DuckPlane, HostSession, ListeningDuck
 from duck.transports.multicast import MulticastDuckPlane, MulticastFeed, Where
-from duck.transports.shm import ShmDuckPlane, ShmFeed
+from duck.transports.shm import Memory, ShmDuckPlane, ShmFeed
 from duck.transports.tcp import TcpDuckPlane, TcpFeed
 
 STAMPS = wire.pack_stamps(0.0, 0.0)
 DTYPE = "bfloat16"
-_TICKET, _CRC = struct.Struct("<IH"), struct.Struct("<I")
 SHAPE = struct.Struct("<III")  # what the yardstick is told first: hidden, top_k, max_rows
+# duck_echo, duck_echo_slot and duck_train of duck.h
+_ECHO, _SLOT = struct.Struct("<QQIIIIH6x"), struct.Struct("<QQQQIII4x")
+_TRAIN, _TRAIN_BYTES = struct.Struct("<IIIII"), 1 << 16
 
 
 class _Nothing:
@@ -51,62 +53,114 @@ class _Nothing:
         raise AssertionError("the echo answers")
 
 
-class _Sums:
-    """What answers asks of a shape: the same sums each time."""
-
-    def __init__(self, shape: wire.Shape) -> None:
-        self._shape = shape
-        self._known: dict[int, tuple[np.ndarray, bytes]] = {}
-
-    def array(self, message_bytes: int) -> np.ndarray:
-        """For an ask of so many bytes, in the wire dtype."""
-        return self._of(message_bytes)[0]
-
-    def message(self, message_bytes: int) -> bytes:
-        """The same as it travels, with stamps before it."""
-        return self._of(message_bytes)[1]
-
-    def _of(self, message_bytes: int) -> tuple[np.ndarray, bytes]:
-        if message_bytes not in self._known:
-            rows = self._shape.rows_of_ask(message_bytes)
-            values = np.random.default_rng(0).standard_normal((rows, self._shape.hidden))
-            array = wire.to_wire(values, self._shape.answer_dtype)
-            self._known[message_bytes] = array, STAMPS + array.tobytes()
-        return self._known[message_bytes]
-
-
 class _Echo:
-    """Answers the asks of a session as they come, without the worker's thread.
+    """Answers asks of a shape: however many rows, with the beginning of the same message."""
 
-    Header, checksum and all that a host looks at are made anew for each.
-    """
+    def __init__(self, shape: wire.Shape, session: int = 0, duck: int = 0) -> None:
+        self._shape = shape
+        self._rows = _sums(shape.hidden, shape.max_rows)
+        self._message = np.frombuffer(STAMPS + self._rows.tobytes(), np.uint8)
+        self._over = np.zeros(1, np.uint32)
+        most = shape.ask_bytes(shape.max_rows)
+        self._most = most + wire.HEADER_BYTES * (2 + most // wire.FRAME_LIMIT)
+        self._it = bytearray(
+            _ECHO.pack(
+                self._message.ctypes.data, self._over.ctypes.data, len(self._message),
+                shape.ask_bytes(1), shape.answer_bytes(1), session, duck,
+            )
+        )  # fmt: skip
+        self._address = library.address_of(self._it)
 
-    def __init__(self, session: HostSession) -> None:
-        self._session, self._sums = session, _Sums(session.plan.shape)
+    def sums(self, message_bytes: int) -> np.ndarray:
+        """For an ask of so many bytes, in the wire dtype."""
+        return self._rows[: self._shape.rows_of_ask(message_bytes)]
 
-    def __call__(self, ticket: int, layer: int, message: memoryview) -> None:
-        """Instead of `HostSession.ask`."""
-        self._session.feed.answer(ticket, layer, self._sums.array(len(message)), STAMPS)
+    # In threads; they return when the other end has gone, or soon after `end`.
+
+    def memory(
+        self, memory: Memory, duck: int, edges: int, others: Sequence[int], host: int
+    ) -> None:
+        layout = memory.layout
+        slots = b"".join(
+            _SLOT.pack(
+                *(memory.address + place for place in (slot.ticket, slot.count, slot.ask)),
+                memory.address + slot.answers + duck * slot.stride, slot.ask_bytes, slot.swift, 0,
+            )
+            for slot in layout.slots
+        )  # fmt: skip
+        library.native().duck_echo_memory(
+            self._address, library.address_of(bytearray(slots)), len(layout.slots), layout.ducks,
+            edges, others[0] if others else -1, host,
+        )  # fmt: skip
+
+    def stream(self, link: socket.socket) -> None:
+        link.setblocking(True)
+        with link:
+            library.native().duck_echo_stream(self._address, link.fileno(), self._most)
+
+    def datagrams(
+        self, asks: socket.socket, sender: socket.socket, host: Address, payload_bytes: int
+    ) -> Iterator[tuple[bytes, int, Address]]:
+        """Gives the trains that are no whole ask: (datagrams, size of each, who sent them)."""
+        where = int.from_bytes(socket.inet_aton(host[0]), "big")
+        room, train = bytearray(_TRAIN_BYTES), bytearray(_TRAIN.size)
+        places = library.address_of(room), library.address_of(train)
+        while library.native().duck_echo_datagrams(
+            self._address, asks.fileno(), sender.fileno(), where, host[1], payload_bytes, *places
+        ):
+            _, count, size, address, port = _TRAIN.unpack(train)
+            yield bytes(room[:count]), size, (socket.inet_ntoa(address.to_bytes(4, "big")), port)
+
+    def end(self) -> None:
+        self._over[0] = 1
+
+
+@cache
+def _sums(hidden: int, rows: int) -> np.ndarray:
+    """(rows, hidden) in the wire dtype."""
+    values = np.random.default_rng(0).standard_normal((rows, hidden), np.float32)
+    return wire.to_wire(values, DTYPE)
+
+
+def _ask(session: HostSession, echo: _Echo) -> None:
+    """Have the asks of a session that come the usual way answered without the worker's thread."""
+
+    def answer(ticket: int, layer: int, message: memoryview) -> None:
+        session.feed.answer(ticket, layer, echo.sums(len(message)), STAMPS)
+
+    session.ask = answer  # type: ignore[method-assign]
+
+
+def _in_thread(target: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=target, args=arguments, daemon=True).start()
 
 
 class _EchoShm(ShmDuckPlane):
     def open(self, session: HostSession, offer: Mapping[str, Any]) -> ShmFeed:
-        session.ask = _Echo(session)  # type: ignore[method-assign]
         return _EchoShmFeed(session)
 
 
 class _EchoShmFeed(ShmFeed):
     """Waits for asks in a thread that does nothing else."""
 
-    def _wait_for_asks(self, edges: select.epoll) -> None:
-        threading.Thread(target=self._serve, args=(edges,), daemon=True).start()
+    def __init__(self, session: HostSession) -> None:
+        super().__init__(session)
+        self._echo = _Echo(session.plan.shape, session.id, session.duck)
 
-    def _serve(self, edges: select.epoll) -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed: the session has ended
-            while self._memory:
-                if edges.poll(0.2):
-                    self._wake_others()
-                    self._look()
+    def _wait_for_asks(self, edges: select.epoll) -> None:
+        # Of its own, for it looks at them a little longer than they are ours.
+        descriptors = [os.dup(found) for found in (edges.fileno(), self._answers, *self._others)]
+        _in_thread(self._serve, self._memory, descriptors)
+
+    def _serve(self, memory: Memory, descriptors: Sequence[int]) -> None:
+        edges, answers, *others = descriptors
+        self._echo.memory(memory, self._session.duck, edges, others, answers)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        self._echo.end()
+        super().close()
 
 
 class _EchoTcp(TcpDuckPlane):
@@ -114,87 +168,49 @@ class _EchoTcp(TcpDuckPlane):
 
     def greet(self, link: Link, message: Mapping[str, Any]) -> None:
         super().greet(link, message)
-        feed = self._feeds[message["token"]]
+        session = self._feeds[message["token"]]._session
         link.transport.pause_reading()
         own = socket.socket(fileno=os.dup(link.transport.get_extra_info("socket").fileno()))
-        threading.Thread(target=self._serve, args=(own, feed), daemon=True).start()
-
-    @staticmethod
-    def _serve(link: socket.socket, feed: TcpFeed) -> None:
-        session = feed._session
-        _serve(link, session.plan.shape, session.id, session.duck, feed.checksum)
+        _in_thread(_Echo(session.plan.shape, session.id, session.duck).stream, own)
 
 
 class _EchoMulticast(MulticastDuckPlane):
     def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
-        session.ask = _Echo(session)  # type: ignore[method-assign]
         return _EchoMulticastFeed(session, self._tcp.open(session, offer), Where.of(session, offer))
 
 
 class _EchoMulticastFeed(MulticastFeed):
     """Answers asks that come in one piece in a thread; all else goes the usual way."""
 
-    _echo: threading.Thread | None = None
+    _serving = False
+
+    def __init__(self, session: HostSession, tcp: TcpFeed, where: Where) -> None:
+        super().__init__(session, tcp, where)
+        self._echo = _Echo(session.plan.shape, session.id, session.duck)
+        _ask(session, self._echo)
 
     def _ping(self, head: wire.Header, payload: bytes) -> None:
         super()._ping(head, payload)
-        if self._half and not self._echo:
-            self._echo = threading.Thread(target=self._serve, args=self._sockets, daemon=True)
-            self._loop.remove_reader(self._sockets[1].socket)
-            self._echo.start()
+        if self._half and not self._serving:
+            self._serving = True
+            answers, asks = self._sockets
+            asks.deafen()
+            _in_thread(self._serve, answers.socket.dup(), asks.socket.dup())
 
-    def _serve(self, answers: UdpSocket, asks: UdpSocket) -> None:
-        sums, cut, session = _Sums(self._session.plan.shape), self._cut, self._session
-        own = asks.socket.dup()
-        own.setblocking(True)
-        buffer = memoryview(bytearray(1 << 16))
-        trains: dict[int, _Train] = {}
-        with own, contextlib.suppress(OSError, RuntimeError):  # the session has ended
-            while True:
-                count, control, _, sender = own.recvmsg_into([buffer], 64)
-                header = wire.unpack_header(buffer)
-                nbytes = header.message_bytes
-                whole = nbytes + cut.fragments(nbytes) * wire.HEADER_BYTES
-                if header.kind != wire.Kind.ASK or header.session != session.id or count != whole:
-                    came, size = bytearray(buffer[:count]), train_size(control, count)
-                    self._loop.call_soon_threadsafe(self._otherwise, came, size, sender)
-                    continue
-                train = trains.get(nbytes)
-                if train is None:
-                    message = sums.message(nbytes)
-                    train = trains[nbytes] = _Train(session, message, cut, self.checksum)
-                answers.send(
-                    memoryview(train.of(header.ticket, header.layer)),
-                    cut.datagram_bytes,
-                    self._where.host,
-                )
+    def _serve(self, answers: socket.socket, asks: socket.socket) -> None:
+        host, size = self._where.host, self._cut.payload_bytes
+        with answers, asks, contextlib.suppress(RuntimeError):  # the loop has ended
+            for came in self._echo.datagrams(asks, answers, host, size):
+                self._loop.call_soon_threadsafe(self._otherwise, *came)
 
-    def _otherwise(self, train: bytearray, size: int, sender: Address) -> None:
+    def _otherwise(self, train: bytes, size: int, sender: Address) -> None:
         if self._sockets and sender == self._where.host:
             with contextlib.suppress(WireError):
                 self._received(memoryview(train), size, time.perf_counter())
 
-
-class _Train:
-    """An answer's datagrams, for one ask after another."""
-
-    def __init__(
-        self, session: HostSession, message: bytes, cut: Cut, checksum: wire.Checksum
-    ) -> None:
-        kind, size = wire.Kind.ANSWER, cut.payload_bytes
-        self._train = bytearray(
-            wire.datagrams(kind, session.id, 0, 0, session.duck, message, size, checksum)
-        )
-        self._message, self._size, self._checksum = message, cut.datagram_bytes, checksum
-
-    def of(self, ticket: int, layer: int) -> bytearray:
-        train = self._train
-        _TICKET.pack_into(train, 8, ticket, layer)
-        crc = self._checksum(self._message, self._checksum(bytes(train[:28]), 0))
-        for start in range(0, len(train), self._size):
-            _TICKET.pack_into(train, start + 8, ticket, layer)
-            _CRC.pack_into(train, start + 28, crc)
-        return train
+    def close(self) -> None:
+        self._echo.end()
+        super().close()
 
 
 def _planes() -> list[DuckPlane]:
@@ -203,53 +219,19 @@ def _planes() -> list[DuckPlane]:
 
 
 def _yardstick(listener: socket.socket) -> None:
-    """Serve one connection after another, in a thread, just as the duck's own."""
+    """Serve one connection after another, just as the duck's own."""
     while True:
         link, _ = listener.accept()
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        words = memoryview(bytearray(SHAPE.size))
-        with contextlib.suppress(ConnectionError, EOFError):
-            _receive(link, words, 0, SHAPE.size)
+        words = link.recv(SHAPE.size, socket.MSG_WAITALL)
+        if len(words) == SHAPE.size:
             hidden, top_k, max_rows = SHAPE.unpack(words)
-            shape = wire.Shape(hidden, top_k, DTYPE, DTYPE, max_rows)
-            _serve(link, shape, 0, 0, library.crc32c)
-
-
-def _serve(
-    link: socket.socket, shape: wire.Shape, session: int, duck: int, checksum: wire.Checksum
-) -> None:
-    """Take asks and send answers until the other end goes."""
-    link.setblocking(True)
-    echo = _Sums(shape)
-    most = shape.ask_bytes(shape.max_rows)
-    room = memoryview(bytearray(most + wire.HEADER_BYTES * (2 + most // wire.FRAME_LIMIT)))
-    with link, contextlib.suppress(ConnectionError, EOFError):
-        while True:
-            have = _receive(link, room, 0, wire.HEADER_BYTES)
-            header = wire.unpack_header(room)
-            if header.kind == wire.Kind.ASK:
-                whole = header.message_bytes + header.fragments * wire.HEADER_BYTES
-                _receive(link, room[:whole], have, whole)
-                frames = data_frames(
-                    wire.Kind.ANSWER, session, header.ticket, header.layer, duck,
-                    echo.message(header.message_bytes), checksum,
-                )  # fmt: skip
-                link.sendall(b"".join(frames))
-
-
-def _receive(link: socket.socket, into: memoryview, have: int, need: int) -> int:
-    """Receive until so many bytes are there, and perhaps more; how many."""
-    while have < need:
-        count = link.recv_into(into[have:])
-        if not count:
-            raise EOFError
-        have += count
-    return have
+            _Echo(wire.Shape(hidden, top_k, DTYPE, DTYPE, max_rows)).stream(link)
 
 
 def _be_a_duck(number: int) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=_yardstick, args=(listener,), daemon=True).start()
+    _in_thread(_yardstick, listener)
 
     def ready(address: str) -> None:
         yardstick = f"127.0.0.1:{listener.getsockname()[1]}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import struct
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -21,15 +22,18 @@ from typing import Any
 import numpy as np
 import uvloop
 
+from duck import wire
 from duck.kernels import library
 from duck.placement import Plan
-from duck.reliable import DuckHalf, Run
+from duck.reliable import Cut, DuckHalf, Run
 from duck.transports import bench_ducks
 from duck.transports.base import Loading
 from duck.transports.listen import DuckPlane, HostSession, ListeningDuck
 from duck.transports.multicast import MulticastDuckPlane, MulticastFeed, Where
 from duck.transports.planes import duck_planes
 from tests.network.pond import enter
+
+_TICKET, _CRC = struct.Struct("<IH"), struct.Struct("<I")
 
 
 class FakeNode:
@@ -50,6 +54,28 @@ def partial_sums(number: int, layer: int, x: np.ndarray) -> np.ndarray:
     return x * np.float32(number + 1) + np.float32(layer)
 
 
+class _Train:
+    """An answer's datagrams, for one ask after another."""
+
+    def __init__(
+        self, session: HostSession, message: bytes, cut: Cut, checksum: wire.Checksum
+    ) -> None:
+        kind, size = wire.Kind.ANSWER, cut.payload_bytes
+        self._train = bytearray(
+            wire.datagrams(kind, session.id, 0, 0, session.duck, message, size, checksum)
+        )
+        self._message, self._size, self._checksum = message, cut.datagram_bytes, checksum
+
+    def of(self, ticket: int, layer: int) -> bytearray:
+        train = self._train
+        _TICKET.pack_into(train, 8, ticket, layer)
+        crc = self._checksum(self._message, self._checksum(bytes(train[:28]), 0))
+        for start in range(0, len(train), self._size):
+            _TICKET.pack_into(train, start + 8, ticket, layer)
+            _CRC.pack_into(train, start + 28, crc)
+        return train
+
+
 class _EchoPlane(MulticastDuckPlane):
     def open(self, session: HostSession, offer: Mapping[str, Any]) -> MulticastFeed:
         return _EchoFeed(session, self._tcp.open(session, offer), Where.of(session, offer))
@@ -60,7 +86,7 @@ class _EchoFeed(MulticastFeed):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._trains: dict[int, bench_ducks._Train] = {}
+        self._trains: dict[int, _Train] = {}
         self._nbytes: dict[int, int] = {}
 
     def _ask(self, half: DuckHalf, run: Run, data: memoryview, size: int, now: float) -> None:
@@ -70,8 +96,10 @@ class _EchoFeed(MulticastFeed):
         half.took(head)
         train = self._trains.get(head.message_bytes)
         if train is None:
-            message = bench_ducks._Sums(self._session.plan.shape).message(head.message_bytes)
-            train = bench_ducks._Train(self._session, message, self._cut, self.checksum)
+            shape = self._session.plan.shape
+            rows = shape.rows_of_ask(head.message_bytes)
+            message = bytes(wire.STAMP_BYTES + shape.answer_bytes(rows))
+            train = _Train(self._session, message, self._cut, self.checksum)
             self._trains[head.message_bytes] = train
             self._nbytes[head.message_bytes] = len(message)
         answer = bytes(train.of(head.ticket, head.layer))  # it is kept: a copy

@@ -226,3 +226,39 @@ DUCK_API void duck_receiver_collect(duck_receiver* receiver, duck_event* events,
 // when it refused. Returns how many connections took all.
 DUCK_API int duck_receiver_send(duck_receiver* receiver, const void* data, std::size_t bytes,
                                 std::int64_t* sent);
+
+// Ducks that compute nothing and answer at once, for the bench of transports (echo.cpp). Each of
+// these waits for asks and answers them until it is over, or the other end has gone.
+struct duck_echo {
+  std::uint64_t message;    // of the largest answer: stamps and rows; others are its beginning
+  std::uint64_t over;       // std::uint32_t*: not 0 any more: it is over
+  std::uint32_t most;       // bytes of that message
+  std::uint32_t ask_row, answer_row;  // bytes of one row
+  std::uint32_t session;
+  std::uint16_t source;     // the duck
+  std::uint16_t unused[3];
+};
+
+// A duck's places in one slot of the shared memory.
+struct duck_echo_slot {
+  std::uint64_t ticket, count, ask, answer;
+  std::uint32_t ask_bytes;  // room
+  std::uint32_t swift;      // only the last duck signals
+  std::uint32_t seen;       // the last ticket
+  std::uint32_t unused;
+};
+
+// epoll: readable when there may be asks. next, host: eventfds of the ducks that this one wakes (-1:
+// none), and of the host.
+DUCK_API void duck_echo_memory(const duck_echo* echo, duck_echo_slot* slots, int count, int ducks,
+                               int epoll, int next, int host);
+// A blocking connection, on which nothing but asks comes that has a body; most: bytes of an ask's
+// frames.
+DUCK_API void duck_echo_stream(const duck_echo* echo, int socket, std::size_t most);
+// Answers asks that come in one train, from the socket `sender` to the host's address and port,
+// `payload` bytes a datagram. Returns 1 for every other train, which lies in `room` (room for
+// DUCK_TRAIN_BYTES) then; 0 when it is over.
+enum { DUCK_TRAIN_BYTES = 1 << 16 };
+DUCK_API int duck_echo_datagrams(const duck_echo* echo, int asks, int sender,
+                                 std::uint32_t address, std::uint16_t port, std::size_t payload,
+                                 void* room, duck_train* train);

@@ -1,0 +1,247 @@
+// Ducks that compute nothing and answer at once, to measure transports with: they cost so little
+// that what is measured is the host. They do what any duck's end does with an ask that comes whole
+// and alone; all else is the caller's.
+#include "duck.h"
+
+#if defined(__linux__)
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr std::size_t kHeader = 32, kCrc = 28, kStamps = 16;
+constexpr std::size_t kKind = 3, kSession = 4, kTicket = 8, kSource = 14, kFragment = 16,
+                      kFragments = 18, kBytes = 20, kOffset = 24;
+constexpr std::uint8_t kAsk = 1, kAnswer = 2;
+constexpr std::size_t kFrame = 1 << 20;  // bytes of a frame's payload at most
+constexpr int kUdp = 17, kUdpSegment = 103, kUdpGro = 104;  // linux/udp.h; older headers lack some
+constexpr int kLookMs = 200;  // how often whoever waits looks whether it is over
+
+template <typename T>
+T field(const std::uint8_t* header, std::size_t offset) {
+  T value;
+  std::memcpy(&value, header + offset, sizeof value);
+  return value;
+}
+
+template <typename T>
+void set(std::uint8_t* header, std::size_t offset, T value) {
+  std::memcpy(header + offset, &value, sizeof value);
+}
+
+void signal(int descriptor) {
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const auto written = write(descriptor, &one, sizeof one);
+}
+
+// Bytes of the answer to an ask of so many.
+std::uint32_t answer_bytes(const duck_echo& echo, std::uint32_t ask_bytes) {
+  return std::min(echo.most, std::uint32_t(kStamps) + ask_bytes / echo.ask_row * echo.answer_row);
+}
+
+// Makes the header of an ask that of its answer, but for the checksum.
+void answers(const duck_echo& echo, std::uint8_t* header, std::uint32_t bytes) {
+  header[kKind] = kAnswer;
+  set(header, kSession, echo.session);
+  set(header, kSource, echo.source);
+  set(header, kBytes, bytes);
+}
+
+const std::uint8_t* message(const duck_echo& echo) {
+  return reinterpret_cast<const std::uint8_t*>(echo.message);
+}
+
+bool is_over(const duck_echo& echo) {
+  return __atomic_load_n(reinterpret_cast<const std::uint32_t*>(echo.over), __ATOMIC_ACQUIRE);
+}
+
+// Answers what a slot asks, if it is new.
+void look(const duck_echo& echo, duck_echo_slot& slot, int ducks, int host,
+          std::vector<std::uint8_t>& room) {
+  const auto* serves = reinterpret_cast<const std::uint32_t*>(slot.ticket);
+  const std::uint32_t ticket = __atomic_load_n(serves, __ATOMIC_ACQUIRE);
+  if (ticket == slot.seen) return;
+  slot.seen = ticket;
+  if (!ticket) return;
+  const auto* ask = reinterpret_cast<const std::uint8_t*>(slot.ask);
+  std::uint8_t header[kHeader];
+  std::memcpy(header, ask, kHeader);
+  const auto bytes = field<std::uint32_t>(header, kBytes);
+  if (field<std::uint32_t>(header, kTicket) != ticket || bytes > slot.ask_bytes) return;
+  room.resize(std::max<std::size_t>(room.size(), bytes));
+  std::memcpy(room.data(), ask + kHeader, bytes);
+  const std::uint32_t crc = duck_crc32c(duck_crc32c(0, header, kCrc), room.data(), bytes);
+  if (crc != field<std::uint32_t>(header, kCrc)) return;
+  const std::uint32_t size = answer_bytes(echo, bytes);
+  answers(echo, header, size);
+  duck_message_put(reinterpret_cast<void*>(slot.answer), header, message(echo), size, nullptr, 0);
+  const auto before = duck_atomic_add_u32(reinterpret_cast<void*>(slot.count), 1);
+  if (!slot.swift || int(before) + 1 >= ducks) signal(host);
+}
+
+// Receives until there are `need` bytes, perhaps more; whether they came.
+bool receive(int socket, std::vector<std::uint8_t>& room, std::size_t& have, std::size_t need) {
+  while (have < need) {
+    const ssize_t got = recv(socket, room.data() + have, room.size() - have, 0);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    have += std::size_t(got);
+  }
+  return true;
+}
+
+bool send_all(int socket, const std::vector<std::uint8_t>& bytes) {
+  for (std::size_t sent = 0; sent < bytes.size();) {
+    const ssize_t took = send(socket, bytes.data() + sent, bytes.size() - sent, MSG_NOSIGNAL);
+    if (took < 0 && errno == EINTR) continue;
+    if (took <= 0) return false;
+    sent += std::size_t(took);
+  }
+  return true;
+}
+
+// A message cut into pieces of `piece` bytes, each after a header. The checksum is that of a piece
+// and its header, or, if `whole`, that of the message and its first header.
+void cut(const duck_echo& echo, const std::uint8_t* ask, std::uint32_t bytes, std::size_t piece,
+         bool whole, std::vector<std::uint8_t>& out) {
+  const std::size_t pieces = (bytes + piece - 1) / piece;
+  out.resize(bytes + kHeader * pieces);
+  std::uint8_t header[kHeader];
+  std::memcpy(header, ask, kHeader);
+  answers(echo, header, bytes);
+  set(header, kFragments, std::uint16_t(pieces));
+  std::uint8_t* to = out.data();
+  std::uint32_t crc = 0;
+  for (std::size_t index = 0; index < pieces; ++index) {
+    const std::size_t begin = index * piece, size = std::min(piece, bytes - begin);
+    set(header, kFragment, std::uint16_t(index));
+    set(header, kOffset, std::uint32_t(begin));
+    if (!whole || !index) {
+      const std::size_t covered = whole ? bytes : size;
+      crc = duck_crc32c(duck_crc32c(0, header, kCrc), message(echo) + begin, covered);
+    }
+    set(header, kCrc, crc);
+    std::memcpy(to, header, kHeader);
+    std::memcpy(to + kHeader, message(echo) + begin, size);
+    to += kHeader + size;
+  }
+}
+
+void send_datagrams(int socket, const std::vector<std::uint8_t>& train, std::uint16_t size,
+                    sockaddr_in& to) {
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof size)] = {};
+  iovec all{const_cast<std::uint8_t*>(train.data()), train.size()};
+  msghdr what{};
+  what.msg_name = &to;
+  what.msg_namelen = sizeof to;
+  what.msg_iov = &all;
+  what.msg_iovlen = 1;
+  if (train.size() > size) {
+    what.msg_control = control;
+    what.msg_controllen = sizeof control;
+    cmsghdr* said = CMSG_FIRSTHDR(&what);
+    said->cmsg_level = kUdp;
+    said->cmsg_type = kUdpSegment;
+    said->cmsg_len = CMSG_LEN(sizeof size);
+    std::memcpy(CMSG_DATA(said), &size, sizeof size);
+  }
+  if (sendmsg(socket, &what, 0) >= 0) return;
+  // A system that does not cut trains. What it refuses now is lost, and asked for again.
+  for (std::size_t begin = 0; begin < train.size(); begin += size) {
+    const std::size_t bytes = std::min<std::size_t>(size, train.size() - begin);
+    sendto(socket, train.data() + begin, bytes, 0, reinterpret_cast<sockaddr*>(&to), sizeof to);
+  }
+}
+
+}  // namespace
+
+void duck_echo_memory(const duck_echo* echo, duck_echo_slot* slots, int count, int ducks, int epoll,
+                      int next, int host) {
+  std::vector<std::uint8_t> room;
+  while (!is_over(*echo)) {
+    epoll_event event;
+    if (epoll_wait(epoll, &event, 1, kLookMs) <= 0) continue;
+    if (next >= 0) signal(next);
+    for (int i = 0; i < count; ++i) look(*echo, slots[i], ducks, host, room);
+  }
+}
+
+void duck_echo_stream(const duck_echo* echo, int socket, std::size_t most) {
+  std::vector<std::uint8_t> room(most), out;
+  for (std::size_t have = 0; receive(socket, room, have, kHeader);) {
+    std::size_t whole = kHeader;
+    if (room[kKind] == kAsk) {
+      const auto bytes = field<std::uint32_t>(room.data(), kBytes);
+      whole = bytes + kHeader * field<std::uint16_t>(room.data(), kFragments);
+      if (whole > most || !receive(socket, room, have, whole)) return;
+      cut(*echo, room.data(), answer_bytes(*echo, bytes), kFrame, false, out);
+      if (!send_all(socket, out)) return;
+    }
+    have -= whole;
+    std::memmove(room.data(), room.data() + whole, have);
+  }
+}
+
+int duck_echo_datagrams(const duck_echo* echo, int asks, int sender, std::uint32_t address,
+                        std::uint16_t port, std::size_t payload, void* room, duck_train* train) {
+  sockaddr_in to{};
+  to.sin_family = AF_INET;
+  to.sin_addr.s_addr = htonl(address);
+  to.sin_port = htons(port);
+  auto* came = static_cast<std::uint8_t*>(room);
+  std::vector<std::uint8_t> out;
+  while (!is_over(*echo)) {
+    pollfd there{asks, POLLIN, 0};
+    if (poll(&there, 1, kLookMs) <= 0) continue;
+    sockaddr_in from{};
+    iovec all{came, DUCK_TRAIN_BYTES};
+    alignas(cmsghdr) char control[64];
+    msghdr what{};
+    what.msg_name = &from;
+    what.msg_namelen = sizeof from;
+    what.msg_iov = &all;
+    what.msg_iovlen = 1;
+    what.msg_control = control;
+    what.msg_controllen = sizeof control;
+    const ssize_t got = recvmsg(asks, &what, MSG_DONTWAIT);
+    if (got <= 0) continue;
+    int size = int(got);
+    for (cmsghdr* said = CMSG_FIRSTHDR(&what); said; said = CMSG_NXTHDR(&what, said))
+      if (said->cmsg_level == kUdp && said->cmsg_type == kUdpGro)
+        std::memcpy(&size, CMSG_DATA(said), sizeof size);
+    if (std::size_t(got) >= kHeader && came[kKind] == kAsk &&
+        field<std::uint32_t>(came, kSession) == echo->session &&
+        !field<std::uint16_t>(came, kFragment)) {
+      const auto bytes = field<std::uint32_t>(came, kBytes);
+      if (std::size_t(got) == bytes + kHeader * field<std::uint16_t>(came, kFragments)) {
+        cut(*echo, came, answer_bytes(*echo, bytes), payload, true, out);
+        send_datagrams(sender, out, std::uint16_t(kHeader + payload), to);
+        continue;
+      }
+    }
+    *train = {0, std::uint32_t(got), std::uint32_t(size), ntohl(from.sin_addr.s_addr),
+              ntohs(from.sin_port)};
+    return 1;
+  }
+  return 0;
+}
+
+#else  // they are measured on Linux
+
+void duck_echo_memory(const duck_echo*, duck_echo_slot*, int, int, int, int, int) {}
+void duck_echo_stream(const duck_echo*, int, std::size_t) {}
+int duck_echo_datagrams(const duck_echo*, int, int, std::uint32_t, std::uint16_t, std::size_t,
+                        void*, duck_train*) {
+  return 0;
+}
+
+#endif
