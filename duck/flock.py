@@ -9,7 +9,6 @@ import numpy as np
 
 from duck import wire
 from duck.errors import DuckLost, WeightsError, WireError
-from duck.kernels import library
 from duck.placement import Plan
 from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Rows, Transport
 
@@ -44,16 +43,17 @@ class FlockAsk:
         Raises:
             WireError: it is not finite.
             WeightsError: nor were the rows that the ducks got.
+            DuckLost: an answer is damaged.
         """
         assert self._rows is not None
-        partials = self._rows.partials(self._ask.count)
-        total, finite = add_up(partials)
+        total, finite = self._rows.total(self._ask.count)
         if not finite:
             if not np.isfinite(wire.to_float32(self._x)).all():
                 raise WeightsError(
                     f"the rows at layer {self._ask.layer} were no numbers before any duck had "
                     "them: the weights overflow on the host; --dtype float32 holds the most"
                 )
+            partials = self._rows.partials(self._ask.count)
             numbers = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
             bad = [str(duck) for duck, good in enumerate(numbers) if not good]
             raise WireError(
@@ -66,6 +66,9 @@ class FlockAsk:
         """The partial sums (ducks, T, hidden), if they lie where a GPU reads them by itself.
 
         Whoever adds them there calls `total` if the sum is not finite.
+
+        Raises:
+            DuckLost: an answer is damaged.
         """
         assert self._rows is not None
         return self._rows.partials(self._ask.count) if self._rows.pinned else None
@@ -96,17 +99,6 @@ class FlockAsk:
     def done_at(self) -> float:
         """When the last answer was whole."""
         return self._ask.done_at
-
-
-def add_up(partials: np.ndarray) -> tuple[np.ndarray, bool]:
-    """(T, hidden) float32: partial sums (ducks, T, hidden) added in duck order; is it finite?"""
-    if library.is_loaded():
-        return library.sum_rows(partials)
-    total: np.ndarray = np.array(wire.to_float32(partials[0]))
-    with np.errstate(over="ignore", invalid="ignore"):
-        for partial in partials[1:]:
-            total += wire.to_float32(partial)
-    return total, bool(np.isfinite(total).all())
 
 
 class Flock:

@@ -67,6 +67,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "duck_slot_ask": (None, [c_void_p, c_uint32, c_uint16, c_uint32, c_void_p, c_size_t]),
     "duck_slot_take": (c_int, [c_void_p]),
+    "duck_slot_look": (c_int, [c_void_p]),
+    "duck_slot_sum": (c_int, [c_void_p, c_int, c_void_p, c_void_p]),
     "duck_bf16_from_f32": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_f32_from_bf16": (None, [c_void_p, c_void_p, c_size_t]),
     "duck_rows_sum": (c_int, [c_void_p, c_size_t, c_int, c_size_t, c_int, c_void_p]),
@@ -186,12 +188,12 @@ def sum_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], bool]:
     size = total.size
     library = swift() if size <= _SWIFT_SUMS else native()
     finite = library.duck_rows_sum(
-        _place_of(first), rows.strides[0], len(rows), size, kind == "H", _place_of(total)
+        place_of(first), rows.strides[0], len(rows), size, kind == "H", place_of(total)
     )
     return total, bool(finite)
 
 
-def _place_of(array: npt.NDArray[Any]) -> int:
+def place_of(array: npt.NDArray[Any]) -> int:
     """Where a contiguous array lies; sooner than numpy says it, if it may be written to."""
     if array.flags.writeable:
         return ctypes.addressof(ctypes.c_char.from_buffer(array.data))

@@ -5,8 +5,10 @@ The promises of a Transport:
 - `start` returns when every duck has said WELCOME to the same plan, and raises otherwise.
 - `acquire` gives a free row set and waits while all are in use: that is the backpressure.
 - `ask` sends one layer's rows to every duck before it returns; the caller's arrays are its own
-  again. When it raises, the row set is free. Awaiting the Ask gives the row set with every duck's
-  partial sums in `partials(rows)[duck]`, each verified, after a single wake-up.
+  again. When it raises, the row set is free. Awaiting the Ask gives the row set, after a single
+  wake-up: every duck's partial sums in `partials(rows)[duck]`, or their sum by `total(rows)`. Both
+  are made of verified answers only. Answers in shared memory are verified not before that, as they
+  are copied or added: `partials` and `total` then raise DuckLost for the one that is damaged.
 - Asks may complete out of order. They are idempotent by (session, ticket).
 - `Ask.cancel` stops waiting and frees the row set at once; late answers are counted and dropped,
   and can never land in rows that serve another ask. `Ask.release` gives the row set back after use.
@@ -23,6 +25,7 @@ Transports import no torch, and know nothing of models: layers are numbers, rows
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
@@ -34,6 +37,7 @@ import numpy as np
 from duck import wire
 from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
 from duck.gather import Gather
+from duck.kernels import library
 from duck.placement import Plan
 
 # Row sets: decode asks (a few rows) take a small one from a ring, long asks a big one.
@@ -54,6 +58,21 @@ TICK_S = 0.25
 
 # Makes memory of so many bytes, (bytes,) uint8; see `Rows`.
 Pin = Callable[[int], np.ndarray]
+
+
+class Unread(Protocol):
+    """Answers that have come, and are neither copied nor verified yet.
+
+    Its functions raise DuckLost for one that is damaged; in any thread.
+    """
+
+    def land(self) -> None:
+        """Copy all of them, verified, into the row set."""
+        ...
+
+    def total(self) -> tuple[np.ndarray, bool]:
+        """Add them up as they are verified; see `Rows.total`."""
+        ...
 
 
 class Rows:
@@ -92,12 +111,28 @@ class Rows:
         self.address: int = self._memory.ctypes.data + first
         self.stride: int = self._memory.strides[0]
         self.in_use = False
+        self.unread: Unread | None = None  # of the ask in flight, if its answers lie elsewhere
 
     def partials(self, rows: int) -> np.ndarray:
-        """(ducks, rows, hidden) in the answer dtype (bfloat16 as uint16), a view."""
+        """(ducks, rows, hidden) in the answer dtype (bfloat16 as uint16), a view.
+
+        Raises:
+            DuckLost: an answer is damaged, and it is noticed only now.
+        """
+        if self.unread:
+            self.unread.land()
+            self.unread = None
         if self._partials.shape[1] != rows:
             self._partials = self._view(rows)
         return self._partials
+
+    def total(self, rows: int) -> tuple[np.ndarray, bool]:
+        """(rows, hidden) float32: all partial sums added in duck order; is it finite?
+
+        Raises:
+            DuckLost: as `partials`.
+        """
+        return self.unread.total() if self.unread else add_up(self.partials(rows))
 
     def _view(self, rows: int) -> np.ndarray:
         stop = _ALIGN + self._shape.answer_bytes(rows)
@@ -107,6 +142,17 @@ class Rows:
     def stamps(self) -> tuple[tuple[int, int], ...]:
         """(queue_us, compute_us) of each duck, as it reported them."""
         return tuple(_STAMPS.iter_unpack(self._stamps.tobytes()))
+
+
+def add_up(partials: np.ndarray) -> tuple[np.ndarray, bool]:
+    """(T, hidden) float32: partial sums (ducks, T, hidden) added in duck order; is it finite?"""
+    if library.is_loaded():
+        return library.sum_rows(partials)
+    total: np.ndarray = np.array(wire.to_float32(partials[0]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for partial in partials[1:]:
+            total += wire.to_float32(partial)
+    return total, bool(np.isfinite(total).all())
 
 
 def set_capacities(shape: wire.Shape) -> tuple[int, ...]:
@@ -255,6 +301,7 @@ class Ask:
         """Give the rows back after use."""
         if not self._freed:
             self._freed = True
+            self.rows.unread = None
             self._table.ring.release(self.rows)
 
 
@@ -380,8 +427,24 @@ class AskTable:
         if self.on_lose:
             self.on_lose()
 
+    def lose_from_any_thread(self, duck: int, reason: str) -> None:
+        """As `lose`: at once where the event loop runs, else as soon as it may."""
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:
+            here = None
+        if here is self.loop:
+            self.lose(duck, reason)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody asks any more
+                self.loop.call_soon_threadsafe(self.lose, duck, reason)
+
+    def loss(self, ask: Ask, duck: int, reason: str) -> DuckLost:
+        """What ends an ask, or tells that its answers are damaged."""
+        return DuckLost(self.labels[duck], ask.layer, ask.waited_ms, reason, index=duck)
+
     def _fail_by(self, ask: Ask, duck: int, reason: str) -> None:
-        self.fail(ask, DuckLost(self.labels[duck], ask.layer, ask.waited_ms, reason, index=duck))
+        self.fail(ask, self.loss(ask, duck, reason))
 
     def fail_all(self) -> None:
         """The session ends by a loss: so do the asks that the lost duck had answered already."""

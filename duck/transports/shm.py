@@ -6,14 +6,15 @@ their common user can reach. Each row set of the flock has a *slot* in it: a pla
 one for every duck's answer. To ask, the host puts the message there, writes the slot's ticket and
 signals all ducks at once, or of many some, which signal the others (`wake_groups`). A duck copies
 the ask, computes, puts its answer in its place and adds one to the slot's count; whoever makes the
-count full signals the host, which takes all answers in one native call that copies each into the
-row set and verifies its checksum as it does.
+count full signals the host, which looks at all headers in one native call. The answers of a decode
+step stay where they are until they are wanted: then one pass copies them block by block, verifies
+their checksums and adds them up. Long answers are copied and verified as they come.
 
-Why answers are copied, and not computed into the row set itself: what a duck can write to must
-never hold what is summed. A late duck (its ask was cancelled, and the slot serves another ask) can
-then do no harm, because its place is its own and what lies there bears the old ticket; nor can one
-that changes its answer after it was verified. Copying while the checksum runs over the same words
-costs a few microseconds for 32 ducks, and brings the rows into the cache that the sum reads from.
+Why answers are copied, and not added where they lie: what a duck can write to must never hold what
+is summed. A late duck (its ask was cancelled, and the slot serves another ask) can then do no harm,
+because its place is its own and what lies there bears the old ticket; nor can one that changes its
+answer after it was verified. A copy of a few kilobytes stays in the nearest cache until it has been
+checked and added, so it costs little.
 
 Nothing found in the memory is trusted. Tickets and counts only say that it may be worth looking;
 each side knows from the plan where everything lies and how large it may be.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import math
 import mmap
@@ -36,7 +38,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -45,7 +47,7 @@ from duck.errors import ConfigError, DuckError, DuckLost, TransportError, WireEr
 from duck.kernels import library
 from duck.placement import Plan
 from duck.transports import control
-from duck.transports.base import Ask, Rows, set_capacities
+from duck.transports.base import Ask, AskTable, Rows, set_capacities
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
@@ -58,6 +60,7 @@ _ALL_AT_ONCE = 8  # so many ducks are woken by the host itself
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 _HELLO = b"duck"
 _OK = b"OK"
+BAD_CHECKSUM = "an answer failed its checksum"
 _CREDENTIALS = struct.Struct("3i")
 _SLOT = struct.Struct("<8QIi28sI")  # duck_slot of duck.h
 
@@ -180,13 +183,16 @@ def _header(
 class HostSlot:
     """A slot as the host uses it: the ask in flight, and what native code knows to put and take.
 
+    The answers of a swift slot stay where they are until somebody wants them: it is a
+    `base.Unread`.
+
     Args:
         rows: the row set that it serves.
         wake: the eventfd that wakes the ducks.
     """
 
-    def __init__(self, memory: Memory, rows: Rows, session: int, wake: int) -> None:
-        self.memory = memory
+    def __init__(self, memory: Memory, rows: Rows, asks: AskTable, session: int, wake: int) -> None:
+        self.memory, self._asks = memory, asks
         self.place = place = memory.layout.slots[rows.number]
         self.ask: Ask | None = None
         self.states = bytearray(memory.layout.ducks)
@@ -203,7 +209,37 @@ class HostSlot:
         )  # fmt: skip
         self.address = library.address_of(self._table)
         native = library.swift() if place.swift else library.native()
-        self.put, self.take = native.duck_slot_ask, native.duck_slot_take
+        self.put, self._land = native.duck_slot_ask, native.duck_slot_take
+        self.take = native.duck_slot_look if place.swift else native.duck_slot_take
+        self._sum = native.duck_slot_sum
+        shape = asks.plan.shape
+        self._hidden, self._bf16 = shape.hidden, shape.answer_dtype == "bfloat16"
+
+    def land(self) -> None:
+        ducks = self.memory.layout.ducks
+        self.states[:] = bytes(ducks)
+        if self._land(self.address) != ducks:
+            self._lose(self.states.index(library.MESSAGE_BAD))
+
+    def total(self) -> tuple[np.ndarray, bool]:
+        assert self.ask is not None
+        total = np.empty((self.ask.count, self._hidden), np.float32)
+        bad = ctypes.c_int()
+        finite = self._sum(self.address, self._bf16, library.place_of(total), ctypes.byref(bad))
+        if bad.value >= 0:
+            self._lose(bad.value)
+        return total, bool(finite)
+
+    def _lose(self, duck: int) -> NoReturn:
+        """It is lost; what was asked of it meanwhile too.
+
+        Raises:
+            DuckLost: that.
+        """
+        asks, ask = self._asks, self.ask
+        assert ask is not None
+        asks.lose_from_any_thread(duck, BAD_CHECKSUM)
+        raise asks.loss(ask, duck, BAD_CHECKSUM)
 
 
 class ShmPlane:
@@ -286,12 +322,14 @@ class ShmPlane:
             slot = self._slots[number] = self._slot(ask.rows)
         slot.ask, slot.taken, slot.known = ask, 0, self._none
         self._flying[number] = slot
+        if slot.place.swift:
+            ask.rows.unread = slot
         slot.put(slot.address, ask.ticket, ask.layer, ask.answer_bytes, body, len(body))
         self._signals += 1
 
     def _slot(self, rows: Rows) -> HostSlot:
         assert self._memory is not None
-        return HostSlot(self._memory, rows, self._flock.session, self._to_ducks[0])
+        return HostSlot(self._memory, rows, self._asks, self._flock.session, self._to_ducks[0])
 
     def forget(self, ask: Ask) -> None:
         self._flying.pop(ask.rows.number, None)
@@ -351,7 +389,7 @@ class ShmPlane:
         """Why an answer is none: the duck's own words, or what we found."""
         memory, place = slot.memory, slot.place
         if slot.states[duck] == library.MESSAGE_BAD:
-            return "an answer failed its checksum"
+            return BAD_CHECKSUM
         offset = place.answers + duck * place.stride
         raw = memory.header(offset)
         try:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from duck import wire
 from duck.errors import (
     DuckError,
     DuckLost,
@@ -57,6 +58,25 @@ async def test_rows_land_per_duck(kind: str, rows: int, ask_dtype: str, answer_d
         np.testing.assert_array_equal(landed.partials(rows), want)
         ask.release()
         assert flock.free == free
+
+
+@pytest.mark.parametrize("answer_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 7168), (4, 7168), (3, 5), (6, 7168)])
+async def test_the_sum_is_that_of_the_partials(
+    kind: str, rows: int, hidden: int, answer_dtype: str
+) -> None:
+    async with fake_flock(kind, hidden=hidden, answer_dtype=answer_dtype) as flock:
+        ask, want = await flock.ask(3, rows)
+        landed = await ask
+        one_by_one = np.array(wire.to_float32(want[0]))
+        for partial in want[1:]:
+            one_by_one += wire.to_float32(partial)
+        total, finite = landed.total(rows)
+        np.testing.assert_array_equal(total, one_by_one)
+        assert finite
+        np.testing.assert_array_equal(landed.partials(rows), want)  # they can be had as well
+        np.testing.assert_array_equal(landed.total(rows)[0], one_by_one)
+        ask.release()
 
 
 async def test_one_duck(kind: str) -> None:

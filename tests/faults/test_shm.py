@@ -25,7 +25,7 @@ from duck import wire
 from duck.errors import DuckLost, TransportError, WireError
 from duck.placement import Plan
 from duck.transports import shm
-from duck.transports.base import Ask
+from duck.transports.base import Ask, Rows
 from duck.transports.control import PING_TICKS
 from duck.transports.listen import ListeningDuck
 from duck.transports.shm import Layout, ShmTransport, Slot
@@ -80,10 +80,18 @@ async def _ask(transport: ShmTransport, layer: int = 5, rows: int = 1) -> Ask:
     return transport.ask(layer, x, ids, ids.astype(np.float32), landing, deadline=deadline)
 
 
-async def _lost(ask: Ask) -> DuckLost:
+# How the answers to an ask may be read.
+READS: dict[str, Callable[[Rows], object]] = {
+    "partials": lambda rows: rows.partials(1),
+    "total": lambda rows: rows.total(1),
+}
+
+
+async def _lost(ask: Ask, read: str) -> DuckLost:
     async with asyncio.timeout(WAIT_S):
         with pytest.raises(DuckLost) as caught:
-            await ask
+            READS[read](await ask)
+    ask.cancel()
     return caught.value
 
 
@@ -465,15 +473,47 @@ async def test_an_answer_by_hand(hand: Hand) -> None:
     ask.release()
 
 
-async def test_an_answer_that_is_changed_once_it_was_looked_at(hand: Hand) -> None:
+async def test_an_answer_that_is_changed_once_it_was_read(hand: Hand) -> None:
     transport, duck = hand
     ask = await _ask(transport)
     duck.answer(ask, 3)
     duck.signal()
     rows = await ask
+    np.testing.assert_array_equal(rows.total(1)[0], np.full((1, 8), 3))
+    np.testing.assert_array_equal(rows.partials(1)[0], np.full((1, 8), 3))
     duck.memory.raw[duck.layout.slots[rows.number].answers :] = 0xFF
+    np.testing.assert_array_equal(rows.total(1)[0], np.full((1, 8), 3))
     np.testing.assert_array_equal(rows.partials(1)[0], np.full((1, 8), 3))
     ask.release()
+
+
+@pytest.mark.parametrize("read", READS)
+async def test_an_answer_that_is_changed_once_it_has_come(hand: Hand, read: str) -> None:
+    transport, duck = hand
+    ask = await _ask(transport)
+    duck.answer(ask, 3)
+    duck.signal()
+    rows = await ask
+    duck.memory.raw[duck.layout.slots[rows.number].answers + 70] ^= 1
+    with pytest.raises(DuckLost, match="failed its checksum"):
+        READS[read](rows)
+    ask.release()
+    with pytest.raises(DuckLost, match="failed its checksum"):
+        await _ask(transport)
+
+
+async def test_a_damaged_answer_that_is_added_up_in_a_thread(hand: Hand) -> None:
+    """It is lost for that one at once, and for all as soon as the event loop hears of it."""
+    transport, duck = hand
+    ask, other = await _ask(transport), await _ask(transport)
+    _spoil(duck, ask, 70)
+    duck.signal()
+    rows = await ask
+    with pytest.raises(DuckLost, match="failed its checksum"):
+        await asyncio.to_thread(rows.total, 1)
+    ask.release()
+    with pytest.raises(DuckLost, match="failed its checksum"):
+        await other
 
 
 async def test_a_late_answer_never_lands_in_another_asks_rows(hand: Hand) -> None:
@@ -557,15 +597,16 @@ BAD_ANSWERS: dict[str, tuple[Callable[[ShmDuck, Ask], None], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("bad", BAD_ANSWERS)
-async def test_answers_that_no_duck_may_put(hand: Hand, bad: str) -> None:
+async def test_answers_that_no_duck_may_put(hand: Hand, bad: str, read: str) -> None:
     transport, duck = hand
     free = transport.stats()["rows_free"]
     ask = await _ask(transport, layer=5)
     put, told = BAD_ANSWERS[bad]
     put(duck, ask)
     duck.signal()
-    lost = await _lost(ask)
+    lost = await _lost(ask, read)
     assert (lost.index, lost.layer) == (0, 5)
     with pytest.raises(DuckLost, match=told):
         raise lost

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from duck.flock import add_up
 from duck.kernels import combine_triton as kernels
 from duck.kernels.reference import device as reference
+from duck.transports.base import add_up
 from tests.kernels.comparing import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow):RuntimeWarning")

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "duck.h"
+#include "rows.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -204,44 +205,44 @@ float number(std::uint16_t code) {
 float number(float value) { return value; }
 
 template <typename T>
-inline __attribute__((always_inline)) bool sum(const char* rows, std::size_t stride, int ducks,
-                                               std::size_t count, float* to) {
-  std::uint32_t endless = 0;
-  for (std::size_t begin = 0; begin < count; begin += kSums) {
-    const std::size_t size = count - begin < kSums ? count - begin : kSums;
-    float* sums = to + begin;
-    for (int duck = 0; duck < ducks; ++duck) {
-      const auto* row = reinterpret_cast<const T*>(rows + duck * stride) + begin;
-      if (duck == 0) {
-        for (std::size_t i = 0; i < size; ++i) sums[i] = number(row[i]);
-      } else {
-        for (std::size_t i = 0; i < size; ++i) sums[i] += number(row[i]);
-      }
-    }
-    for (std::size_t i = 0; i < size; ++i) {
-      std::uint32_t bits;
-      std::memcpy(&bits, sums + i, sizeof bits);
-      endless |= (bits & 0x7F800000u) == 0x7F800000u;
-    }
-  }
-  return !endless;
-}
-
-DUCK_WIDE bool sum_bf16(const char* rows, std::size_t stride, int ducks, std::size_t count,
-                        float* to) {
-  return sum<std::uint16_t>(rows, stride, ducks, count, to);
-}
-
-DUCK_WIDE bool sum_f32(const char* rows, std::size_t stride, int ducks, std::size_t count,
-                       float* to) {
-  return sum<float>(rows, stride, ducks, count, to);
+inline __attribute__((always_inline)) void add(const void* from, std::size_t count, bool first,
+                                               float* to) {
+  const auto* row = static_cast<const T*>(from);
+  if (first)
+    for (std::size_t i = 0; i < count; ++i) to[i] = number(row[i]);
+  else
+    for (std::size_t i = 0; i < count; ++i) to[i] += number(row[i]);
 }
 
 }  // namespace
 
+DUCK_WIDE void duck_row_add(const void* row, std::size_t count, bool bf16, bool first, float* to) {
+  if (bf16)
+    add<std::uint16_t>(row, count, first, to);
+  else
+    add<float>(row, count, first, to);
+}
+
+DUCK_WIDE bool duck_row_is_finite(const float* row, std::size_t count) {
+  std::uint32_t endless = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, row + i, sizeof bits);
+    endless |= (bits & 0x7F800000u) == 0x7F800000u;
+  }
+  return !endless;
+}
+
 int duck_rows_sum(const void* rows, std::size_t stride, int ducks, std::size_t count, int bf16,
                   float* to) {
-  const auto* first = static_cast<const char*>(rows);
-  return bf16 ? sum_bf16(first, stride, ducks, count, to)
-              : sum_f32(first, stride, ducks, count, to);
+  bool finite = true;
+  const std::size_t size = bf16 ? sizeof(std::uint16_t) : sizeof(float);
+  for (std::size_t begin = 0; begin < count; begin += kSums) {
+    const std::size_t some = count - begin < kSums ? count - begin : kSums;
+    const auto* row = static_cast<const char*>(rows) + begin * size;
+    for (int duck = 0; duck < ducks; ++duck)
+      duck_row_add(row + duck * stride, some, bf16, duck == 0, to + begin);
+    finite = duck_row_is_finite(to + begin, some) && finite;
+  }
+  return finite;
 }

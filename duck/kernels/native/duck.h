@@ -145,6 +145,15 @@ DUCK_API void duck_slot_ask(duck_slot* slot, std::uint32_t ticket, std::uint16_t
 // ask was put; -1 when one of them is not GOOD.
 DUCK_API int duck_slot_take(duck_slot* slot);
 
+// Looks at the headers of the answers that are there, and copies their stamps alone; the same else.
+// Their checksums are looked at by `take`, once their states are NONE again, or by `sum`.
+DUCK_API int duck_slot_look(duck_slot* slot);
+
+// The sum of all answers' rows in the order of the ducks, each answer copied, checked and added in
+// one pass; (bytes of the rows / of a number,) floats. Returns whether it is finite. bad: the first
+// duck whose answer fails its checksum (nothing of `to` may be used then), or -1.
+DUCK_API int duck_slot_sum(const duck_slot* slot, int bf16, float* to, int* bad);
+
 // Answers that come through sockets (receive.cpp), straight into the rows of the asks that wait for
 // them; what does not fit an open ask is left to the caller. A receiver has a thread of its own, or
 // works when it is asked to. Functions that return int return 0 or errno unless said otherwise, and

@@ -10,12 +10,14 @@
 #include <cstring>
 
 #include "duck.h"
+#include "rows.h"
 
 namespace {
 
 constexpr std::size_t kHeader = 32, kCrc = 28;
 constexpr std::size_t kKind = 3, kTicket = 8, kLayer = 12, kSource = 14, kBytes = 20;
 constexpr std::uint8_t kAsk = 1;
+constexpr std::size_t kStamps = 16;
 constexpr std::uint16_t kHost = 0xFFFF;
 // So much is copied before it is summed: it is in the nearest cache then.
 constexpr std::size_t kBlock = 15 * 1024;
@@ -47,6 +49,21 @@ std::uint32_t copy(const std::uint8_t* from, std::uint8_t* to, std::size_t bytes
   return crc;
 }
 
+// Whether a message has the ticket that is wanted. What lies there was written before it.
+bool is_there(const std::uint8_t* place, const void* want) {
+  const auto* ticket = reinterpret_cast<const std::uint32_t*>(place + kTicket);
+  return __atomic_load_n(ticket, __ATOMIC_ACQUIRE) ==
+         field(static_cast<const std::uint8_t*>(want), kTicket);
+}
+
+// The header that is wanted of the message at an index, up to the checksum.
+void expect(const void* want, std::size_t index, std::uint8_t* header) {
+  std::memcpy(header, want, kCrc);
+  std::uint16_t source;
+  std::memcpy(&source, header + kSource, sizeof source);
+  set(header, kSource, std::uint16_t(source + index));
+}
+
 }  // namespace
 
 void duck_message_put(void* place, const void* header, const void* first, std::size_t first_bytes,
@@ -69,10 +86,6 @@ void duck_message_put(void* place, const void* header, const void* first, std::s
 
 int duck_messages_get(const void* places, std::size_t stride, int count, const void* want,
                       std::size_t bytes, void* rows, std::size_t row_stride, std::uint8_t* states) {
-  std::uint8_t expected[kHeader];
-  std::memcpy(expected, want, kCrc);
-  std::uint16_t source;
-  std::memcpy(&source, expected + kSource, sizeof source);
   int known = 0;
   for (int index = 0; index < count; ++index) {
     if (states[index] != DUCK_MESSAGE_NONE) {
@@ -80,12 +93,10 @@ int duck_messages_get(const void* places, std::size_t stride, int count, const v
       continue;
     }
     const auto* place = static_cast<const std::uint8_t*>(places) + index * stride;
-    const auto* ticket = reinterpret_cast<const std::uint32_t*>(place + kTicket);
-    if (__atomic_load_n(ticket, __ATOMIC_ACQUIRE) != field(expected, kTicket)) continue;
-    std::uint8_t head[kHeader];
+    if (!is_there(place, want)) continue;
+    std::uint8_t head[kHeader], expected[kCrc];
     std::memcpy(head, place, kHeader);
-    const auto from = std::uint16_t(source + index);
-    std::memcpy(expected + kSource, &from, sizeof from);
+    expect(want, index, expected);
     ++known;
     if (std::memcmp(head, expected, kCrc) != 0) {
       states[index] = DUCK_MESSAGE_OTHER;
@@ -120,6 +131,30 @@ void duck_slot_ask(duck_slot* slot, std::uint32_t ticket, std::uint16_t layer, s
   [[maybe_unused]] const auto written = write(slot->wake, &one, sizeof one);
 }
 
+int duck_slot_look(duck_slot* slot) {
+  auto* states = at<std::uint8_t>(slot->states);
+  int known = 0;
+  bool good = true;
+  for (std::uint32_t duck = 0; duck < slot->ducks; ++duck) {
+    std::uint8_t& state = states[duck];
+    const auto* place = at<const std::uint8_t>(slot->answers) + duck * slot->stride;
+    if (state == DUCK_MESSAGE_NONE && is_there(place, slot->want)) {
+      std::uint8_t expected[kCrc];
+      expect(slot->want, duck, expected);
+      if (std::memcmp(place, expected, kCrc) != 0) {
+        state = DUCK_MESSAGE_OTHER;
+      } else {
+        state = DUCK_MESSAGE_GOOD;
+        std::memcpy(at<std::uint8_t>(slot->rows) + duck * slot->row_stride, place + kHeader,
+                    kStamps);
+      }
+    }
+    known += state != DUCK_MESSAGE_NONE;
+    good = good && state <= DUCK_MESSAGE_GOOD;
+  }
+  return good ? known : -1;
+}
+
 int duck_slot_take(duck_slot* slot) {
   auto* states = at<std::uint8_t>(slot->states);
   const int count = int(slot->ducks);
@@ -128,4 +163,30 @@ int duck_slot_take(duck_slot* slot) {
   const bool good =
       std::all_of(states, states + count, [](std::uint8_t s) { return s <= DUCK_MESSAGE_GOOD; });
   return good ? known : -1;
+}
+
+int duck_slot_sum(const duck_slot* slot, int bf16, float* to, int* bad) {
+  // What is checked and what is added is the same copy: the message itself may change in between.
+  alignas(64) std::uint8_t block[kBlock];
+  const std::size_t size = bf16 ? sizeof(std::uint16_t) : sizeof(float);
+  const std::size_t bytes = slot->bytes - kStamps;
+  for (std::uint32_t duck = 0; duck < slot->ducks; ++duck) {
+    const auto* place = at<const std::uint8_t>(slot->answers) + duck * slot->stride;
+    std::uint8_t head[kHeader + kStamps], expected[kCrc];
+    std::memcpy(head, place, sizeof head);
+    expect(slot->want, duck, expected);
+    std::uint32_t crc = duck_crc32c(duck_crc32c(0, expected, kCrc), head + kHeader, kStamps);
+    for (std::size_t begin = 0; begin < bytes; begin += kBlock) {
+      const std::size_t some = std::min(kBlock, bytes - begin);
+      std::memcpy(block, place + kHeader + kStamps + begin, some);
+      crc = duck_crc32c(crc, block, some);
+      duck_row_add(block, some / size, bf16, duck == 0, to + begin / size);
+    }
+    if (crc != field(head, kCrc)) {
+      *bad = int(duck);
+      return 0;
+    }
+  }
+  *bad = -1;
+  return duck_row_is_finite(to, bytes / size);
 }
