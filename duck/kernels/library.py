@@ -94,8 +94,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "duck_echo_memory": (None, [c_void_p, c_void_p, *[c_int] * 5]),
     "duck_echo_stream": (None, [c_void_p, c_int, c_size_t]),
     "duck_echo_datagrams": (
-        c_int,
-        [c_void_p, c_int, c_int, c_uint32, c_uint16, c_size_t, c_void_p, c_void_p],
+        None,
+        [c_void_p, c_int, c_int, c_uint32, c_uint16, c_size_t, *[c_void_p] * 4],
     ),
 }
 

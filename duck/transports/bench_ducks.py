@@ -19,7 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from duck import wire
 from duck.errors import WireError
 from duck.kernels import library
 from duck.placement import Plan
+from duck.reliable import DuckHalf, Run
 from duck.transports.base import Loading
 from duck.transports.datagrams import Address
 from duck.transports.link import Link
@@ -38,9 +40,10 @@ from duck.transports.tcp import TcpDuckPlane, TcpFeed
 STAMPS = wire.pack_stamps(0.0, 0.0)
 DTYPE = "bfloat16"
 SHAPE = struct.Struct("<III")  # what the yardstick is told first: hidden, top_k, max_rows
-# duck_echo, duck_echo_slot and duck_train of duck.h
+# duck_echo, duck_echo_slot, duck_train, duck_echo_answered and duck_echo_came of duck.h
 _ECHO, _SLOT = struct.Struct("<QQIIIIH6x"), struct.Struct("<QQQQIII4x")
-_TRAIN, _TRAIN_BYTES = struct.Struct("<IIIII"), 1 << 16
+_TRAIN, _ANSWERED, _CAME = struct.Struct("<IIIII"), struct.Struct("<IIHxx"), struct.Struct("<II")
+_MOST_TRAINS, _MOST_ANSWERED, _MOST_BYTES = 64, 16, 1 << 18
 
 
 class _Nothing:
@@ -51,6 +54,14 @@ class _Nothing:
 
     def answer(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
         raise AssertionError("the echo answers")
+
+
+class _Answered(NamedTuple):
+    """An ask that was answered natively."""
+
+    ticket: int
+    message_bytes: int
+    layer: int
 
 
 class _Echo:
@@ -70,6 +81,8 @@ class _Echo:
             )
         )  # fmt: skip
         self._address = library.address_of(self._it)
+        self._answered = bytearray(_ANSWERED.size * _MOST_ANSWERED)
+        self._came, self._known = bytearray(_CAME.size), 0
 
     def sums(self, message_bytes: int) -> np.ndarray:
         """For an ask of so many bytes, in the wire dtype."""
@@ -100,19 +113,42 @@ class _Echo:
 
     def datagrams(
         self, asks: socket.socket, sender: socket.socket, host: Address, payload_bytes: int
-    ) -> Iterator[tuple[bytes, int, Address]]:
-        """Gives the trains that are no whole ask: (datagrams, size of each, who sent them)."""
+    ) -> Iterator[list[tuple[bytes, int, Address]]]:
+        """Gives the trains that are left: datagrams, the size of all but the last, the sender."""
         where = int.from_bytes(socket.inet_aton(host[0]), "big")
-        room, train = bytearray(_TRAIN_BYTES), bytearray(_TRAIN.size)
-        places = library.address_of(room), library.address_of(train)
-        while library.native().duck_echo_datagrams(
-            self._address, asks.fileno(), sender.fileno(), where, host[1], payload_bytes, *places
-        ):
-            _, count, size, address, port = _TRAIN.unpack(train)
-            yield bytes(room[:count]), size, (socket.inet_ntoa(address.to_bytes(4, "big")), port)
+        room, trains = bytearray(_MOST_BYTES), bytearray(_TRAIN.size * _MOST_TRAINS)
+        places = [
+            library.address_of(memory) for memory in (room, trains, self._answered, self._came)
+        ]
+        while not self._over[0]:
+            library.native().duck_echo_datagrams(
+                self._address, asks.fileno(), sender.fileno(), where, host[1], payload_bytes,
+                *places,
+            )  # fmt: skip
+            count, _ = _CAME.unpack(self._came)
+            yield [
+                (bytes(room[at : at + nbytes]), size, (_dotted(address), port))
+                for at, nbytes, size, address, port in islice(_TRAIN.iter_unpack(trains), count)
+            ]
+
+    def answered(self) -> list[_Answered]:
+        """The last asks that `datagrams` has answered since this was called."""
+        _, count = _CAME.unpack(self._came)
+        fresh = range(max(self._known, count - _MOST_ANSWERED), count)
+        self._known = count
+        return [
+            _Answered._make(
+                _ANSWERED.unpack_from(self._answered, number % _MOST_ANSWERED * _ANSWERED.size)
+            )
+            for number in fresh
+        ]
 
     def end(self) -> None:
         self._over[0] = 1
+
+
+def _dotted(address: int) -> str:
+    return socket.inet_ntoa(address.to_bytes(4, "big"))
 
 
 @cache
@@ -168,7 +204,10 @@ class _EchoTcp(TcpDuckPlane):
 
     def greet(self, link: Link, message: Mapping[str, Any]) -> None:
         super().greet(link, message)
-        session = self._feeds[message["token"]]._session
+        feed = self._feeds[message["token"]]
+        if feed.checksum is not library.crc32c:
+            raise WireError("the bench's ducks know CRC-32C only: the host must have it loaded")
+        session = feed._session
         link.transport.pause_reading()
         own = socket.socket(fileno=os.dup(link.transport.get_extra_info("socket").fileno()))
         _in_thread(_Echo(session.plan.shape, session.id, session.duck).stream, own)
@@ -180,13 +219,14 @@ class _EchoMulticast(MulticastDuckPlane):
 
 
 class _EchoMulticastFeed(MulticastFeed):
-    """Answers asks that come in one piece in a thread; all else goes the usual way."""
+    """Answers asks that come in order in a thread; all else goes the usual way."""
 
     _serving = False
 
     def __init__(self, session: HostSession, tcp: TcpFeed, where: Where) -> None:
         super().__init__(session, tcp, where)
         self._echo = _Echo(session.plan.shape, session.id, session.duck)
+        self._kept = self._made = _Kept(self._train)
         _ask(session, self._echo)
 
     def _ping(self, head: wire.Header, payload: bytes) -> None:
@@ -200,17 +240,71 @@ class _EchoMulticastFeed(MulticastFeed):
     def _serve(self, answers: socket.socket, asks: socket.socket) -> None:
         host, size = self._where.host, self._cut.payload_bytes
         with answers, asks, contextlib.suppress(RuntimeError):  # the loop has ended
-            for came in self._echo.datagrams(asks, answers, host, size):
-                self._loop.call_soon_threadsafe(self._otherwise, *came)
+            for trains in self._echo.datagrams(asks, answers, host, size):
+                self._loop.call_soon_threadsafe(self._left, trains)
 
-    def _otherwise(self, train: bytes, size: int, sender: Address) -> None:
-        if self._sockets and sender == self._where.host:
-            with contextlib.suppress(WireError):
-                self._received(memoryview(train), size, time.perf_counter())
+    def _left(self, trains: Sequence[tuple[bytes, int, Address]]) -> None:
+        """What came to the group and was not answered."""
+        if not self._sockets or self._half is None:
+            return
+        now = time.perf_counter()
+        for train, size, sender in trains:
+            if sender == self._where.host:
+                with contextlib.suppress(WireError):
+                    self._received(memoryview(train), size, now)
+        for layer, send in self._half.settle(now):
+            self._do(layer, send)
+
+    def _received(self, train: memoryview, size: int, now: float) -> None:
+        if self._half:
+            for ask in self._echo.answered():
+                self._note_answer(self._half, ask, now)
+        super()._received(train, size, now)
+
+    def _note_answer(self, half: DuckHalf, ask: _Answered, now: float) -> None:
+        """As if it had been answered here: then what is lost of it is sent again."""
+        fragments = self._cut.fragments(ask.message_bytes)
+        head = wire.Header(
+            wire.Kind.ASK, self._session.id, ask.ticket, ask.layer, wire.HOST, 0, fragments,
+            ask.message_bytes, 0, 0,
+        )  # fmt: skip
+        if half.ask(Run(head, fragments, ask.message_bytes), now) is None:
+            return
+        half.take(ask.ticket)
+        half.took(head)
+        self._made.asks[ask.ticket] = ask
+        answer = wire.STAMP_BYTES + self._echo.sums(ask.message_bytes).nbytes
+        for gone in half.answered(ask.ticket, answer):
+            self._kept.pop(gone, None)
+
+    def _train(self, ask: _Answered) -> tuple[bytes, int]:
+        """The answer's datagrams, as `_kept` has them."""
+        body = STAMPS + self._echo.sums(ask.message_bytes).tobytes()
+        train = wire.datagrams(
+            wire.Kind.ANSWER, self._session.id, ask.ticket, ask.layer, self._session.duck, body,
+            self._cut.payload_bytes, self.checksum,
+        )  # fmt: skip
+        return train, ask.layer
 
     def close(self) -> None:
         self._echo.end()
         super().close()
+
+
+class _Kept(dict[int, tuple[bytes, int]]):
+    """Answers that were sent; those that were made natively are made again when they are needed."""
+
+    def __init__(self, make: Callable[[_Answered], tuple[bytes, int]]) -> None:
+        self.asks: dict[int, _Answered] = {}
+        self._make = make
+
+    def __missing__(self, ticket: int) -> tuple[bytes, int]:
+        kept = self[ticket] = self._make(self.asks[ticket])
+        return kept
+
+    def pop(self, ticket: int, *default: Any) -> Any:
+        self.asks.pop(ticket, None)
+        return super().pop(ticket, *default)
 
 
 def _planes() -> list[DuckPlane]:

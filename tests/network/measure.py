@@ -17,6 +17,7 @@ import numpy as np
 import uvloop
 
 from duck.config import Network
+from duck.kernels import library
 from duck.placement import Plan
 from duck.transports.control import FlockTransport
 from duck.transports.planes import host_plane
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="longest for one line")
     parser.add_argument("--transports", default="multicast,tcp")
     arguments = parser.parse_args()
+    library.native()  # as every command loads it: both ends agree on its checksum
     if told := why_not():
         parser.error(told)
     print(f"{arguments.ducks} ducks, MTU {arguments.mtu}, {os.cpu_count()} processors,")

@@ -264,10 +264,20 @@ DUCK_API void duck_echo_memory(const duck_echo* echo, duck_echo_slot* slots, int
 // A blocking connection, on which nothing but asks comes that has a body; most: bytes of an ask's
 // frames.
 DUCK_API void duck_echo_stream(const duck_echo* echo, int socket, std::size_t most);
-// Answers asks that come in one train, from the socket `sender` to the host's address and port,
-// `payload` bytes a datagram. Returns 1 for every other train, which lies in `room` (room for
-// DUCK_TRAIN_BYTES) then; 0 when it is over.
-enum { DUCK_TRAIN_BYTES = 1 << 16 };
-DUCK_API int duck_echo_datagrams(const duck_echo* echo, int asks, int sender,
-                                 std::uint32_t address, std::uint16_t port, std::size_t payload,
-                                 void* room, duck_train* train);
+// An ask that was answered; a ring of the last DUCK_ECHO_ANSWERED can be read at any time. And how many
+// trains are handed over, and how many asks were answered in all.
+struct duck_echo_answered {
+  std::uint32_t ticket, bytes;
+  std::uint16_t layer, unused;
+};
+struct duck_echo_came {
+  std::uint32_t trains, answered;
+};
+enum { DUCK_ECHO_TRAINS = 64, DUCK_ECHO_ANSWERED = 16, DUCK_ECHO_BYTES = 1 << 18 };
+// Answers asks whose datagrams come in order, from the socket `sender` to the host's address and
+// port, `payload` bytes a datagram. Returns with all others, one behind the other in `room`
+// (DUCK_ECHO_BYTES), or when it is over.
+DUCK_API void duck_echo_datagrams(const duck_echo* echo, int asks, int sender,
+                                  std::uint32_t address, std::uint16_t port, std::size_t payload,
+                                  void* room, duck_train* trains, duck_echo_answered* answered,
+                                  duck_echo_came* came);

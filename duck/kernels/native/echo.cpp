@@ -19,12 +19,14 @@
 namespace {
 
 constexpr std::size_t kHeader = 32, kCrc = 28, kStamps = 16;
-constexpr std::size_t kKind = 3, kSession = 4, kTicket = 8, kSource = 14, kFragment = 16,
+constexpr std::size_t kKind = 3, kSession = 4, kTicket = 8, kLayer = 12, kSource = 14, kFragment = 16,
                       kFragments = 18, kBytes = 20, kOffset = 24;
 constexpr std::uint8_t kAsk = 1, kAnswer = 2;
 constexpr std::size_t kFrame = 1 << 20;  // bytes of a frame's payload at most
 constexpr int kUdp = 17, kUdpSegment = 103, kUdpGro = 104;  // linux/udp.h; older headers lack some
+constexpr std::size_t kTrain = 1 << 16;  // of what one reception of datagrams brings
 constexpr int kLookMs = 200;  // how often whoever waits looks whether it is over
+constexpr int kPauseMs = 1;   // so long after its last fragment an ask is no more waited for
 
 template <typename T>
 T field(const std::uint8_t* header, std::size_t offset) {
@@ -162,6 +164,57 @@ void send_datagrams(int socket, const std::vector<std::uint8_t>& train, std::uin
   }
 }
 
+// An ask that comes in order, in however many trains.
+struct Coming {
+  std::uint8_t header[kHeader] = {};  // of its first fragment
+  std::uint32_t fragments = 0;        // that have come
+
+  std::uint32_t bytes() const { return field<std::uint32_t>(header, kBytes); }
+  bool is_whole() const { return fragments == field<std::uint16_t>(header, kFragments); }
+
+  // Whether all datagrams of a train are the next fragments of it.
+  bool goes_on(const duck_echo& echo, const std::uint8_t* data, const duck_train& train) {
+    for (std::size_t begin = 0; begin < train.bytes; begin += train.size) {
+      const std::uint8_t* datagram = data + begin;
+      if (train.bytes - begin < kHeader || datagram[kKind] != kAsk) return false;
+      if (!fragments) {
+        std::memcpy(header, datagram, kHeader);
+        if (field<std::uint32_t>(header, kSession) != echo.session) return false;
+      }
+      // The same but for its number and offset.
+      if (field<std::uint16_t>(datagram, kFragment) != fragments || is_whole() ||
+          std::memcmp(header, datagram, kFragment) != 0 ||
+          std::memcmp(header + kFragments, datagram + kFragments, kOffset - kFragments) != 0)
+        return false;
+      ++fragments;
+    }
+    return true;
+  }
+};
+
+// Receives what is there, if anything.
+bool receive_train(int socket, std::uint8_t* into, duck_train& train) {
+  sockaddr_in from{};
+  iovec all{into, kTrain};
+  alignas(cmsghdr) char control[64];
+  msghdr what{};
+  what.msg_name = &from;
+  what.msg_namelen = sizeof from;
+  what.msg_iov = &all;
+  what.msg_iovlen = 1;
+  what.msg_control = control;
+  what.msg_controllen = sizeof control;
+  const ssize_t got = recvmsg(socket, &what, MSG_DONTWAIT);
+  if (got <= 0) return false;
+  int size = int(got);
+  for (cmsghdr* said = CMSG_FIRSTHDR(&what); said; said = CMSG_NXTHDR(&what, said))
+    if (said->cmsg_level == kUdp && said->cmsg_type == kUdpGro)
+      std::memcpy(&size, CMSG_DATA(said), sizeof size);
+  train = {0, std::uint32_t(got), std::uint32_t(size), ntohl(from.sin_addr.s_addr),
+           ntohs(from.sin_port)};
+  return true;
+}
+
 }  // namespace
 
 void duck_echo_memory(const duck_echo* echo, duck_echo_slot* slots, int count, int ducks, int epoll,
@@ -191,57 +244,50 @@ void duck_echo_stream(const duck_echo* echo, int socket, std::size_t most) {
   }
 }
 
-int duck_echo_datagrams(const duck_echo* echo, int asks, int sender, std::uint32_t address,
-                        std::uint16_t port, std::size_t payload, void* room, duck_train* train) {
+void duck_echo_datagrams(const duck_echo* echo, int asks, int sender, std::uint32_t address,
+                         std::uint16_t port, std::size_t payload, void* room, duck_train* trains,
+                         duck_echo_answered* answered, duck_echo_came* came) {
   sockaddr_in to{};
   to.sin_family = AF_INET;
   to.sin_addr.s_addr = htonl(address);
   to.sin_port = htons(port);
-  auto* came = static_cast<std::uint8_t*>(room);
+  came->trains = 0;
   std::vector<std::uint8_t> out;
+  Coming ask;
+  std::size_t used = 0;
   while (!is_over(*echo)) {
     pollfd there{asks, POLLIN, 0};
-    if (poll(&there, 1, kLookMs) <= 0) continue;
-    sockaddr_in from{};
-    iovec all{came, DUCK_TRAIN_BYTES};
-    alignas(cmsghdr) char control[64];
-    msghdr what{};
-    what.msg_name = &from;
-    what.msg_namelen = sizeof from;
-    what.msg_iov = &all;
-    what.msg_iovlen = 1;
-    what.msg_control = control;
-    what.msg_controllen = sizeof control;
-    const ssize_t got = recvmsg(asks, &what, MSG_DONTWAIT);
-    if (got <= 0) continue;
-    int size = int(got);
-    for (cmsghdr* said = CMSG_FIRSTHDR(&what); said; said = CMSG_NXTHDR(&what, said))
-      if (said->cmsg_level == kUdp && said->cmsg_type == kUdpGro)
-        std::memcpy(&size, CMSG_DATA(said), sizeof size);
-    if (std::size_t(got) >= kHeader && came[kKind] == kAsk &&
-        field<std::uint32_t>(came, kSession) == echo->session &&
-        !field<std::uint16_t>(came, kFragment)) {
-      const auto bytes = field<std::uint32_t>(came, kBytes);
-      if (std::size_t(got) == bytes + kHeader * field<std::uint16_t>(came, kFragments)) {
-        cut(*echo, came, answer_bytes(*echo, bytes), payload, true, out);
-        send_datagrams(sender, out, std::uint16_t(kHeader + payload), to);
-        continue;
-      }
+    if (poll(&there, 1, came->trains ? kPauseMs : kLookMs) <= 0) {
+      if (came->trains) return;
+      continue;
     }
-    *train = {0, std::uint32_t(got), std::uint32_t(size), ntohl(from.sin_addr.s_addr),
-              ntohs(from.sin_port)};
-    return 1;
+    auto* data = static_cast<std::uint8_t*>(room) + used;
+    duck_train& train = trains[came->trains];
+    if (!receive_train(asks, data, train)) continue;
+    train.offset = std::uint32_t(used);
+    ++came->trains;
+    used += train.bytes;
+    if (!ask.goes_on(*echo, data, train) || came->trains == DUCK_ECHO_TRAINS ||
+        used + kTrain > DUCK_ECHO_BYTES)
+      return;
+    if (!ask.is_whole()) continue;
+    answered[came->answered % DUCK_ECHO_ANSWERED] = {field<std::uint32_t>(ask.header, kTicket),
+                                                     ask.bytes(),
+                                                     field<std::uint16_t>(ask.header, kLayer), 0};
+    __atomic_store_n(&came->answered, came->answered + 1, __ATOMIC_RELEASE);
+    cut(*echo, ask.header, answer_bytes(*echo, ask.bytes()), payload, true, out);
+    send_datagrams(sender, out, std::uint16_t(kHeader + payload), to);
+    ask = {};
+    used = 0;
+    came->trains = 0;
   }
-  return 0;
 }
 
 #else  // they are measured on Linux
 
 void duck_echo_memory(const duck_echo*, duck_echo_slot*, int, int, int, int, int) {}
 void duck_echo_stream(const duck_echo*, int, std::size_t) {}
-int duck_echo_datagrams(const duck_echo*, int, int, std::uint32_t, std::uint16_t, std::size_t,
-                        void*, duck_train*) {
-  return 0;
-}
+void duck_echo_datagrams(const duck_echo*, int, int, std::uint32_t, std::uint16_t, std::size_t,
+                         void*, duck_train*, duck_echo_answered*, duck_echo_came*) {}
 
 #endif
