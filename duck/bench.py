@@ -150,6 +150,11 @@ def _transport_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
         "lose a duck",
     )  # fmt: skip
     transport.add_argument(
+        "--key", action="store_true",
+        help="with a cluster key as well (one made for this run), tcp and multicast, asks of at "
+        "most 4 rows; the last column compares with the same without",
+    )  # fmt: skip
+    transport.add_argument(
         "--seconds", type=float, default=3.0, metavar="S",
         help="for each figure (default: %(default)g)",
     )  # fmt: skip
@@ -193,7 +198,7 @@ def _transport(arguments: argparse.Namespace) -> int:
     with working() as note:
         report = bench_transport(
             transports=chosen, ducks=counts, rows=rows, losses=losses, faults=faults,
-            seconds=arguments.seconds, note=note,
+            keyed=arguments.key, seconds=arguments.seconds, note=note,
         )  # fmt: skip
     if picture:
         _plot(report, picture)
@@ -216,7 +221,8 @@ def _plot(report: dict[str, Any], path: Path) -> None:
         raise ConfigError("--plot needs matplotlib: pip install duck-llm[host]") from None
     curves: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for row in report["rows"]:
-        curves.setdefault((row["transport"], row["ducks"], row["rows"]), []).append(row)
+        if not row["keyed"]:
+            curves.setdefault((row["transport"], row["ducks"], row["rows"]), []).append(row)
     curves = {key: rows for key, rows in curves.items() if len(rows) > 1}
     if not curves:
         raise ConfigError("--plot draws latency over loss: give --loss and --transport multicast")

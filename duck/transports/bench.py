@@ -6,6 +6,9 @@ and receives the answers into their rows with recv_into; it checks nothing and a
 are measured in turns of a few rounds within the same run, because the speed of a shared machine
 drifts.
 
+With `keyed`, a round whose frames are sealed has the same round without a key as one more
+yardstick.
+
 With `losses`, datagrams are dropped at the host's sockets, each for itself in both directions; an
 ask that is dropped there is lost to all ducks. Only multicast has datagrams of ours to drop: under
 tcp the system sends again, and shm has nothing to lose. `faults` are those of faulty.py: datagrams
@@ -22,8 +25,10 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
+import secrets
 import select
 import socket
 import statistics
@@ -31,10 +36,10 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,18 +47,20 @@ from duck import wire
 from duck.config import Network
 from duck.errors import TransportError
 from duck.kernels import library
+from duck.keys import KEY_BYTES, ClusterKey
 from duck.placement import Plan, equal_slices
-from duck.transports.base import Rows
-from duck.transports.bench_ducks import DTYPE, SHAPE
+from duck.transports.base import SMALL_ROWS, Rows
+from duck.transports.bench_ducks import DTYPE, LAYERS, SEALED_TICKETS, SHAPE
 from duck.transports.control import FlockTransport, Plane
 from duck.transports.faulty import Faults, FaultyPlane, FaultyUdpSocket, spoil_datagram
 from duck.transports.link import data_frames
 from duck.transports.multicast import MulticastPlane
 from duck.transports.planes import host_plane
+from duck.transports.tls import Credentials, Role
 
 HIDDEN, TOP_K = 7168, 8  # DeepSeek-V3
-LAYERS = 4
 LOSSY = ("multicast",)  # transports whose datagrams can be dropped here
+SEALED = ("tcp", "multicast")  # which a key changes
 HARMFUL = ("drop", "corrupt")  # faults that end a flock under the others
 TURN = 16  # rounds of one side before the other has its turn
 WARM_ROUNDS = 20
@@ -70,6 +77,7 @@ class Row:
     rows: int
     loss: float  # share of the datagrams that were dropped
     faulty: bool  # whether `faults` were at work
+    keyed: bool
     rounds: int
     p50_us: float
     p99_us: float
@@ -81,6 +89,7 @@ class Row:
     raw_p50_us: float
     raw_cpu_us: float
     ratio: float  # median over the turns: host_cpu_us / raw_cpu_us
+    to_plain: float | None  # with a key, the same: host_cpu_us / that without a key
 
 
 def bench_transport(
@@ -90,17 +99,21 @@ def bench_transport(
     rows: Sequence[int] = (1, 2, 328),
     losses: Sequence[float] = (),
     faults: Mapping[str, float] | None = None,
+    keyed: bool = False,
     seconds: float = 2.0,
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure every combination for so many seconds; blocking, on an event loop of its own.
 
     faults: arguments of `faulty.Faults`; every combination is measured with them as well.
+    keyed: measure asks of `SMALL_ROWS` at most with a cluster key too, where it changes anything.
 
     Raises:
         TransportError: the ducks did not start.
     """
     tries = (None, faults) if faults else (None,)
+    secret = secrets.token_bytes(KEY_BYTES)
+    key = ClusterKey(secret)
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     host, others = (usable[:1], usable[1:]) if len(usable) > 1 else ([], [])
     if host:
@@ -112,15 +125,19 @@ def bench_transport(
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             for count in ducks:
-                with _ducks(count, others) as addresses:
+                with _ducks(count, others, secret) as addresses:
                     for transport in transports:
-                        cells = [(0.0, faults) for faults in tries] + [
-                            (loss, None) for loss in losses if transport in LOSSY
+                        cells = [(0.0, bad, False) for bad in tries] + [
+                            (loss, None, False) for loss in losses if transport in LOSSY
                         ]
-                        for size, (loss, bad) in itertools.product(rows, cells):
-                            cell = _Cell(transport, count, size, loss, bad is not None)
+                        if keyed and transport in SEALED:
+                            cells.insert(1, (0.0, None, True))
+                        for size, (loss, bad, sealed) in itertools.product(rows, cells):
+                            if sealed and size > SMALL_ROWS:
+                                continue
+                            cell = _Cell(transport, count, size, loss, bad is not None, sealed)
                             note(str(cell))
-                            row = _measure(cell, addresses, seconds, bad or {"drop": loss})
+                            row = _measure(cell, addresses, seconds, bad or {"drop": loss}, key)
                             measured.append(runner.run(row))
     finally:
         if host:
@@ -145,10 +162,18 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
+class _Addresses(NamedTuple):
+    """Where a process is to be had as what."""
+
+    duck: str
+    keyed: str
+    yardstick: str
+
+
 @contextlib.contextmanager
-def _ducks(count: int, processors: Sequence[int]) -> Iterator[list[tuple[str, str]]]:
-    """Start ducks; (address, yardstick's address) of each."""
-    told = json.dumps({"count": count, "processors": list(processors)})
+def _ducks(count: int, processors: Sequence[int], key: bytes) -> Iterator[list[_Addresses]]:
+    """Start ducks."""
+    told = json.dumps({"count": count, "processors": list(processors), "key": key.hex()})
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "duck.transports.bench_ducks", told],
@@ -157,14 +182,14 @@ def _ducks(count: int, processors: Sequence[int]) -> Iterator[list[tuple[str, st
     assert process.stdin
     assert process.stdout
     try:
-        found: dict[int, tuple[str, str]] = {}
+        found: dict[int, _Addresses] = {}
         begun = time.monotonic()
         while len(found) < count:
             line = process.stdout.readline()
             if not line or time.monotonic() - begun > _START_S:
                 raise TransportError("the bench's ducks did not start")
             duck = json.loads(line)
-            found[duck["duck"]] = (duck["address"], duck["yardstick"])
+            found[duck["duck"]] = _Addresses(*duck["addresses"])
         yield [found[number] for number in range(count)]
     finally:
         process.stdin.close()
@@ -185,10 +210,12 @@ class _Cell:
     rows: int
     loss: float
     faulty: bool
+    keyed: bool
 
     def __str__(self) -> str:
-        lost = f", {self.loss:.2%} lost" if self.loss else ", with faults" if self.faulty else ""
-        return f"{self.transport}, {self.ducks} ducks, {self.rows} rows{lost}"
+        how = f", {self.loss:.2%} lost" if self.loss else ", with faults" if self.faulty else ""
+        how = ", with a key" if self.keyed else how
+        return f"{self.transport}, {self.ducks} ducks, {self.rows} rows{how}"
 
 
 @dataclass
@@ -201,7 +228,11 @@ class _Side:
 
 
 async def _measure(
-    cell: _Cell, addresses: Sequence[tuple[str, str]], seconds: float, faults: Mapping[str, float]
+    cell: _Cell,
+    addresses: Sequence[_Addresses],
+    seconds: float,
+    faults: Mapping[str, float],
+    key: ClusterKey,
 ) -> Row:
     ducks, size = cell.ducks, cell.rows
     shape = wire.Shape(HIDDEN, TOP_K, DTYPE, DTYPE, max(size, 1))
@@ -212,26 +243,34 @@ async def _measure(
     x = wire.to_wire(rng.standard_normal((size, HIDDEN), np.float32), DTYPE)
     ids = np.argsort(rng.random((size, 256)), axis=1)[:, :TOP_K].astype(np.int32)
     weights = rng.random((size, TOP_K), np.float32)
-    async with _flock(cell, [address for address, _ in addresses], plan, faults) as flock:
-        yardstick = _Yardstick([address for _, address in addresses], plan, size)
-        try:
-            ours, theirs = _Side([], [], []), _Side([], [], [])
-            await _our_turn(flock, x, ids, weights, _Side([], [], []), WARM_ROUNDS)
-            yardstick.turn(_Side([], [], []), WARM_ROUNDS)
-            begun = time.perf_counter()
-            turn = TURN if size * ducks < 64 else 2
-            calls = packets = rounds = 0
-            while time.perf_counter() - begun < seconds or len(ours.cpu) < 3:
-                before = _calls(flock), _packets()
-                await _our_turn(flock, x, ids, weights, ours, turn)
-                calls += _calls(flock) - before[0]
-                packets += _packets() - before[1]
-                rounds += turn
-                yardstick.turn(theirs, turn)
-        finally:
-            yardstick.close()
+    turn = TURN if size * ducks < 64 else 2
+    most = SEALED_TICKETS if cell.keyed else math.inf
+    async with contextlib.AsyncExitStack() as opened:
+        flock = await opened.enter_async_context(_flock(cell, addresses, plan, faults, key))
+        plain = None
+        if cell.keyed:
+            bare = replace(cell, keyed=False)
+            plain = await opened.enter_async_context(_flock(bare, addresses, plan, faults, key))
+        yardstick = _Yardstick([each.yardstick for each in addresses], plan, size)
+        opened.callback(yardstick.close)
+        ours, unkeyed, theirs = _Side([], [], []), _Side([], [], []), _Side([], [], [])
+        for each in filter(None, (flock, plain)):
+            await _our_turn(each, x, ids, weights, _Side([], [], []), WARM_ROUNDS)
+        yardstick.turn(_Side([], [], []), WARM_ROUNDS)
+        begun = time.perf_counter()
+        turn = TURN if size * ducks < 64 else 2
+        most = SEALED_TICKETS - WARM_ROUNDS - turn if cell.keyed else math.inf
+        calls = packets = rounds = 0
+        while rounds <= most and (time.perf_counter() - begun < seconds or len(ours.cpu) < 3):
+            before = _calls(flock), _packets()
+            await _our_turn(flock, x, ids, weights, ours, turn)
+            calls += _calls(flock) - before[0]
+            packets += _packets() - before[1]
+            rounds += turn
+            if plain:
+                await _our_turn(plain, x, ids, weights, unkeyed, turn)
+            yardstick.turn(theirs, turn)
     latencies = np.array(ours.latencies) * 1e6
-    ratios = [a / b for a, b in zip(ours.cpu, theirs.cpu, strict=True)]
     return Row(
         **asdict(cell), rounds=rounds,
         p50_us=float(np.percentile(latencies, 50)),
@@ -243,13 +282,23 @@ async def _measure(
         packets=packets / rounds if sys.platform == "linux" else None,
         raw_p50_us=float(np.percentile(np.array(theirs.latencies) * 1e6, 50)),
         raw_cpu_us=statistics.median(theirs.cpu) * 1e6,
-        ratio=statistics.median(ratios),
+        ratio=_ratio(ours, theirs),
+        to_plain=_ratio(ours, unkeyed) if cell.keyed else None,
     )  # fmt: skip
+
+
+def _ratio(one: _Side, other: _Side) -> float:
+    """Of their processor time, the median over the turns."""
+    return statistics.median(a / b for a, b in zip(one.cpu, other.cpu, strict=True))
 
 
 @contextlib.asynccontextmanager
 async def _flock(
-    cell: _Cell, addresses: Sequence[str], plan: Plan, faults: Mapping[str, float]
+    cell: _Cell,
+    addresses: Sequence[_Addresses],
+    plan: Plan,
+    faults: Mapping[str, float],
+    key: ClusterKey,
 ) -> AsyncIterator[FlockTransport]:
     plane: Plane = host_plane(cell.transport, Network())
     if cell.loss or cell.faulty:
@@ -261,7 +310,10 @@ async def _flock(
         else:
             harmless = {name: n for name, n in settings.items() if name not in HARMFUL}
             plane = FaultyPlane(plane, answers=Faults(seed, **harmless))
-    flock = FlockTransport(addresses, plane)
+    flock = FlockTransport(
+        [each.keyed if cell.keyed else each.duck for each in addresses], plane,
+        credentials=Credentials(key, Role.HOST) if cell.keyed else None,
+    )  # fmt: skip
     try:
         await flock.start(plan)
         yield flock
@@ -279,11 +331,11 @@ async def _our_turn(
 ) -> None:
     loop, size, sums = asyncio.get_running_loop(), len(x), 0.0
     cpu = time.process_time()
-    for number in range(rounds):
+    for _ in range(rounds):
         begun = time.perf_counter()
         rows = await flock.acquire(size)
         deadline = loop.time() + _DEADLINE_S
-        ask = flock.ask(number % LAYERS, x, ids, weights, rows, deadline=deadline)
+        ask = flock.ask(len(side.latencies) % LAYERS, x, ids, weights, rows, deadline=deadline)
         await ask
         landed = time.perf_counter()
         side.latencies.append(landed - begun)
@@ -366,6 +418,10 @@ def _packets() -> int:
     return 0
 
 
+def _way(row: Mapping[str, Any]) -> str:
+    return "faults" if row["faulty"] else "keyed" if row["keyed"] else ""
+
+
 def tables(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = [
@@ -374,15 +430,17 @@ def tables(report: dict[str, Any]) -> str:
         "",
         f"{'':11}{'ducks':>5}{'rows':>5}{'lost':>7}{'p50 us':>10}{'p99 us':>10}"
         f"{'host us':>9}{'sum us':>8}"
-        f"{'rounds/s':>10}{'calls':>7}{'packets':>9}{'raw p50':>10}{'raw us':>9}{'ratio':>7}",
+        f"{'rounds/s':>10}{'calls':>7}{'packets':>9}{'raw p50':>10}{'raw us':>9}{'ratio':>7}"
+        f"{'to plain':>10}",
     ]
     lines += [
         f"{row['transport']:11}{row['ducks']:5}{row['rows']:5}"
-        + (f"{row['loss']:7.2%}" if row["loss"] else f"{'faults' if row['faulty'] else '':>7}")
+        + (f"{row['loss']:7.2%}" if row["loss"] else f"{_way(row):>7}")
         + f"{row['p50_us']:10.0f}{row['p99_us']:10.0f}{row['host_cpu_us']:9.0f}{row['sum_us']:8.0f}"
         f"{row['rounds_s']:10.0f}{row['calls']:7.1f}"
         + ("" if row["packets"] is None else f"{row['packets']:9.1f}")
         + f"{row['raw_p50_us']:10.0f}{row['raw_cpu_us']:9.0f}{row['ratio']:7.2f}"
+        + (f"{row['to_plain']:10.2f}" if row["keyed"] else "")
         for row in report["rows"]
     ]
     return "\n".join(lines)

@@ -1,8 +1,11 @@
 """The ducks of `duck bench transport`: processes that hold nothing and answer at once.
 
-`python -m duck.transports.bench_ducks '{"count": 8, ...}'` forks so many of them, each with its two
-addresses on a line of stdout: where it is a duck, and where it is the yardstick's, which answers in
-the same way to whoever sends it an ask's frame. They end with stdin.
+`python -m duck.transports.bench_ducks '{"count": 8, ...}'` forks so many of them, each with its
+addresses on a line of stdout: where it is a duck, where it is one with a key, and where it is the
+yardstick's, which answers in the same way to whoever sends it an ask's frame. They end with stdin.
+
+They answer natively. Those with a key seal the answers to a session's first asks in advance, since
+their content is known: sealing would take them several times as long as all the rest.
 """
 
 from __future__ import annotations
@@ -18,15 +21,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from duck import wire
-from duck.errors import WireError
+from duck.errors import DuckError, WireError
 from duck.kernels import library
+from duck.keys import ClusterKey
 from duck.placement import Plan
 from duck.reliable import DuckHalf, Run
 from duck.transports.base import Loading
@@ -36,14 +40,24 @@ from duck.transports.listen import DuckPlane, HostSession, ListeningDuck
 from duck.transports.multicast import MulticastDuckPlane, MulticastFeed, Where
 from duck.transports.shm import Memory, ShmDuckPlane, ShmFeed
 from duck.transports.tcp import TcpDuckPlane, TcpFeed
+from duck.transports.tls import Credentials, Role
+from duck.transports.trains import sealed
 
 STAMPS = wire.pack_stamps(0.0, 0.0)
 DTYPE = "bfloat16"
+LAYERS = 4
+SEALED_TICKETS = 512
+"""Asks of a session that its ducks can answer when there is a key."""
 SHAPE = struct.Struct("<III")  # what the yardstick is told first: hidden, top_k, max_rows
 # duck_echo, duck_echo_slot, duck_train, duck_echo_answered and duck_echo_came of duck.h
-_ECHO, _SLOT = struct.Struct("<QQIIIIH6x"), struct.Struct("<QQQQIII4x")
+_ECHO, _SLOT = struct.Struct("<QQQIIIIIIH6x"), struct.Struct("<QQQQIII4x")
 _TRAIN, _ANSWERED, _CAME = struct.Struct("<IIIII"), struct.Struct("<IIHxx"), struct.Struct("<II")
 _MOST_TRAINS, _MOST_ANSWERED, _MOST_BYTES = 64, 16, 1 << 18
+
+
+def layer_of(ticket: int) -> int:
+    """Which layer every ask of the bench is for."""
+    return (ticket - 1) % LAYERS
 
 
 class _Nothing:
@@ -74,15 +88,40 @@ class _Echo:
         self._over = np.zeros(1, np.uint32)
         most = shape.ask_bytes(shape.max_rows)
         self._most = most + wire.HEADER_BYTES * (2 + most // wire.FRAME_LIMIT)
+        self._sealed: list[bytes] = []
+        self._facts = shape.ask_bytes(1), shape.answer_bytes(1), session, duck
+        self._pack()
+        self._answered = bytearray(_ANSWERED.size * _MOST_ANSWERED)
+        self._came, self._known = bytearray(_CAME.size), 0
+
+    def _pack(self) -> None:
+        self._memory = bytearray().join(self._sealed)
+        sealed = library.address_of(self._memory) if self._memory else 0
+        each = len(self._sealed[0]) if self._sealed else 0
         self._it = bytearray(
             _ECHO.pack(
-                self._message.ctypes.data, self._over.ctypes.data, len(self._message),
-                shape.ask_bytes(1), shape.answer_bytes(1), session, duck,
+                self._message.ctypes.data, self._over.ctypes.data, sealed, each, len(self._sealed),
+                len(self._message), *self._facts,
             )
         )  # fmt: skip
         self._address = library.address_of(self._it)
-        self._answered = bytearray(_ANSWERED.size * _MOST_ANSWERED)
-        self._came, self._known = bytearray(_CAME.size), 0
+
+    def seal(self, seal: Callable[[int, int, bytes], bytes]) -> None:
+        """Seal the answers to the session's first asks, which are all as long as they may be.
+
+        seal: of a ticket, a layer and the body.
+        """
+        body = self._message.tobytes()
+        self._sealed = [
+            seal(ticket, layer_of(ticket), body) for ticket in range(1, SEALED_TICKETS + 1)
+        ]
+        self._pack()
+
+    def message(self, ask: _Answered) -> bytes:
+        """What an ask is answered with."""
+        if self._sealed:
+            return self._sealed[ask.ticket - 1]
+        return STAMPS + self.sums(ask.message_bytes).tobytes()
 
     def sums(self, message_bytes: int) -> np.ndarray:
         """For an ask of so many bytes, in the wire dtype."""
@@ -205,12 +244,20 @@ class _EchoTcp(TcpDuckPlane):
     def greet(self, link: Link, message: Mapping[str, Any]) -> None:
         super().greet(link, message)
         feed = self._feeds[message["token"]]
-        if feed.checksum is not library.crc32c:
+        if not feed._sealer and feed.checksum is not library.crc32c:
             raise WireError("the bench's ducks know CRC-32C only: the host must have it loaded")
         session = feed._session
         link.transport.pause_reading()
         own = socket.socket(fileno=os.dup(link.transport.get_extra_info("socket").fileno()))
-        _in_thread(_Echo(session.plan.shape, session.id, session.duck).stream, own)
+        echo = _Echo(session.plan.shape, session.id, session.duck)
+        if feed._sealer:
+            echo.seal(partial(self._seal, feed))
+        _in_thread(echo.stream, own)
+
+    @staticmethod
+    def _seal(feed: TcpFeed, ticket: int, layer: int, body: bytes) -> bytes:
+        (frame,) = feed._frames(wire.Kind.ANSWER, ticket, layer, body)
+        return bytes(frame[wire.HEADER_BYTES :])
 
 
 class _EchoMulticast(MulticastDuckPlane):
@@ -233,9 +280,27 @@ class _EchoMulticastFeed(MulticastFeed):
         super()._ping(head, payload)
         if self._half and not self._serving:
             self._serving = True
+            if self._sealer:
+                self._echo.seal(self._seal)
             answers, asks = self._sockets
             asks.deafen()
             _in_thread(self._serve, answers.socket.dup(), asks.socket.dup())
+
+    def _seal(self, ticket: int, layer: int, body: bytes) -> bytes:
+        session = self._session
+        return bytes(
+            sealed(self._sealer, wire.Kind.ANSWER, session.id, ticket, layer, session.duck, body)
+        )
+
+    def answer(
+        self, ticket: int, layer: int, answer: np.ndarray | DuckError, stamps: bytes
+    ) -> None:
+        if self._sealer and not isinstance(answer, DuckError):  # it has been sealed already
+            ask = _Answered(ticket, self._session.plan.shape.ask_bytes(len(answer)), layer)
+            train, _ = self._train(ask)
+            self._loop.call_soon(self._answered, ticket, layer, train, len(self._echo.message(ask)))
+            return
+        super().answer(ticket, layer, answer, stamps)
 
     def _serve(self, answers: socket.socket, asks: socket.socket) -> None:
         host, size = self._where.host, self._cut.payload_bytes
@@ -273,16 +338,14 @@ class _EchoMulticastFeed(MulticastFeed):
         half.take(ask.ticket)
         half.took(head)
         self._made.asks[ask.ticket] = ask
-        answer = wire.STAMP_BYTES + self._echo.sums(ask.message_bytes).nbytes
-        for gone in half.answered(ask.ticket, answer):
+        for gone in half.answered(ask.ticket, len(self._echo.message(ask))):
             self._kept.pop(gone, None)
 
     def _train(self, ask: _Answered) -> tuple[bytes, int]:
         """The answer's datagrams, as `_kept` has them."""
-        body = STAMPS + self._echo.sums(ask.message_bytes).tobytes()
         train = wire.datagrams(
-            wire.Kind.ANSWER, self._session.id, ask.ticket, ask.layer, self._session.duck, body,
-            self._cut.payload_bytes, self.checksum,
+            wire.Kind.ANSWER, self._session.id, ask.ticket, ask.layer, self._session.duck,
+            self._echo.message(ask), self._cut.payload_bytes, self.checksum,
         )  # fmt: skip
         return train, ask.layer
 
@@ -323,23 +386,26 @@ def _yardstick(listener: socket.socket) -> None:
             _Echo(wire.Shape(hidden, top_k, DTYPE, DTYPE, max_rows)).stream(link)
 
 
-def _be_a_duck(number: int) -> None:
+def _be_a_duck(number: int, key: ClusterKey) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     _in_thread(_yardstick, listener)
-
-    def ready(address: str) -> None:
-        yardstick = f"127.0.0.1:{listener.getsockname()[1]}"
-        line = json.dumps({"duck": number, "address": address, "yardstick": yardstick})
-        os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
 
     async def serve() -> None:
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(0, ended.set)  # readable when the host is gone
-        end = ListeningDuck("127.0.0.1:0", ready, _planes())
-        serving = asyncio.create_task(end.serve(_Nothing()))
+        told: asyncio.Queue[str] = asyncio.Queue()
+        serving, addresses = [], []
+        for credentials in (None, Credentials(key, Role.DUCK)):
+            end = ListeningDuck("127.0.0.1:0", told.put_nowait, _planes(), credentials)
+            serving.append(asyncio.create_task(end.serve(_Nothing())))
+            addresses.append(await told.get())
+        yardstick = f"127.0.0.1:{listener.getsockname()[1]}"
+        line = json.dumps({"duck": number, "addresses": [*addresses, yardstick]})
+        os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
         await ended.wait()
-        serving.cancel()
-        await asyncio.wait([serving])
+        for task in serving:
+            task.cancel()
+        await asyncio.wait(serving)
 
     with contextlib.suppress(ImportError):
         import uvloop
@@ -363,7 +429,7 @@ def main() -> None:
     for number in range(told["count"]):
         child = os.fork()
         if not child:
-            _be_a_duck(number)
+            _be_a_duck(number, ClusterKey(bytes.fromhex(told["key"])))
             os._exit(0)
         children.append(child)
     for child in children:

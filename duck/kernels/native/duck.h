@@ -241,7 +241,9 @@ DUCK_API int duck_receiver_send(duck_receiver* receiver, const void* data, std::
 struct duck_echo {
   std::uint64_t message;    // of the largest answer: stamps and rows; others are its beginning
   std::uint64_t over;       // std::uint32_t*: not 0 any more: it is over
-  std::uint32_t most;       // bytes of that message
+  std::uint64_t sealed;     // with a key: sealed answers instead, of tickets 1, 2, ..., tickets
+  std::uint32_t sealed_bytes, tickets;
+  std::uint32_t most;       // bytes of the message
   std::uint32_t ask_row, answer_row;  // bytes of one row
   std::uint32_t session;
   std::uint16_t source;     // the duck

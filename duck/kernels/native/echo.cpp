@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr std::size_t kHeader = 32, kCrc = 28, kStamps = 16;
+constexpr std::size_t kHeader = 32, kCrc = 28, kStamps = 16, kTag = 16;
 constexpr std::size_t kKind = 3, kSession = 4, kTicket = 8, kLayer = 12, kSource = 14, kFragment = 16,
                       kFragments = 18, kBytes = 20, kOffset = 24;
 constexpr std::uint8_t kAsk = 1, kAnswer = 2;
@@ -45,9 +45,24 @@ void signal(int descriptor) {
   [[maybe_unused]] const auto written = write(descriptor, &one, sizeof one);
 }
 
-// Bytes of the answer to an ask of so many.
-std::uint32_t answer_bytes(const duck_echo& echo, std::uint32_t ask_bytes) {
-  return std::min(echo.most, std::uint32_t(kStamps) + ask_bytes / echo.ask_row * echo.answer_row);
+// What an ask is answered with.
+struct Answer {
+  const std::uint8_t* message = nullptr;
+  std::uint32_t bytes = 0;
+  bool sealed = false;
+};
+
+// To the ask of this header. None of a sealed one whose ticket nobody has foreseen.
+Answer answer_to(const duck_echo& echo, const std::uint8_t* header) {
+  if (!echo.sealed) {
+    const std::uint32_t rows = field<std::uint32_t>(header, kBytes) / echo.ask_row;
+    const auto bytes = std::uint32_t(kStamps) + rows * echo.answer_row;
+    return {reinterpret_cast<const std::uint8_t*>(echo.message), std::min(echo.most, bytes), false};
+  }
+  const std::uint64_t index = std::uint64_t{field<std::uint32_t>(header, kTicket)} - 1;
+  if (index >= echo.tickets) return {};
+  return {reinterpret_cast<const std::uint8_t*>(echo.sealed) + index * echo.sealed_bytes,
+          echo.sealed_bytes, true};
 }
 
 // Makes the header of an ask that of its answer, but for the checksum.
@@ -56,10 +71,6 @@ void answers(const duck_echo& echo, std::uint8_t* header, std::uint32_t bytes) {
   set(header, kSession, echo.session);
   set(header, kSource, echo.source);
   set(header, kBytes, bytes);
-}
-
-const std::uint8_t* message(const duck_echo& echo) {
-  return reinterpret_cast<const std::uint8_t*>(echo.message);
 }
 
 bool is_over(const duck_echo& echo) {
@@ -83,9 +94,10 @@ void look(const duck_echo& echo, duck_echo_slot& slot, int ducks, int host,
   std::memcpy(room.data(), ask + kHeader, bytes);
   const std::uint32_t crc = duck_crc32c(duck_crc32c(0, header, kCrc), room.data(), bytes);
   if (crc != field<std::uint32_t>(header, kCrc)) return;
-  const std::uint32_t size = answer_bytes(echo, bytes);
-  answers(echo, header, size);
-  duck_message_put(reinterpret_cast<void*>(slot.answer), header, message(echo), size, nullptr, 0);
+  const Answer answer = answer_to(echo, header);
+  answers(echo, header, answer.bytes);
+  duck_message_put(reinterpret_cast<void*>(slot.answer), header, answer.message, answer.bytes,
+                   nullptr, 0);
   const auto before = duck_atomic_add_u32(reinterpret_cast<void*>(slot.count), 1);
   if (!slot.swift || int(before) + 1 >= ducks) signal(host);
 }
@@ -111,29 +123,30 @@ bool send_all(int socket, const std::vector<std::uint8_t>& bytes) {
   return true;
 }
 
-// A message cut into pieces of `piece` bytes, each after a header. The checksum is that of a piece
-// and its header, or, if `whole`, that of the message and its first header.
-void cut(const duck_echo& echo, const std::uint8_t* ask, std::uint32_t bytes, std::size_t piece,
-         bool whole, std::vector<std::uint8_t>& out) {
-  const std::size_t pieces = (bytes + piece - 1) / piece;
-  out.resize(bytes + kHeader * pieces);
+// A message cut into pieces of `piece` bytes, each after a header that says that all have `said`.
+// The checksum is that of a piece and its header, or, if `whole`, that of the message and its first
+// header; of a sealed message there is none.
+void cut(const duck_echo& echo, const std::uint8_t* ask, const Answer& answer, std::uint32_t said,
+         std::size_t piece, bool whole, std::vector<std::uint8_t>& out) {
+  const std::size_t pieces = (answer.bytes + piece - 1) / piece;
+  out.resize(answer.bytes + kHeader * pieces);
   std::uint8_t header[kHeader];
   std::memcpy(header, ask, kHeader);
-  answers(echo, header, bytes);
+  answers(echo, header, said);
   set(header, kFragments, std::uint16_t(pieces));
   std::uint8_t* to = out.data();
   std::uint32_t crc = 0;
   for (std::size_t index = 0; index < pieces; ++index) {
-    const std::size_t begin = index * piece, size = std::min(piece, bytes - begin);
+    const std::size_t begin = index * piece, size = std::min(piece, answer.bytes - begin);
     set(header, kFragment, std::uint16_t(index));
     set(header, kOffset, std::uint32_t(begin));
-    if (!whole || !index) {
-      const std::size_t covered = whole ? bytes : size;
-      crc = duck_crc32c(duck_crc32c(0, header, kCrc), message(echo) + begin, covered);
+    if (!answer.sealed && (!whole || !index)) {
+      const std::size_t covered = whole ? answer.bytes : size;
+      crc = duck_crc32c(duck_crc32c(0, header, kCrc), answer.message + begin, covered);
     }
     set(header, kCrc, crc);
     std::memcpy(to, header, kHeader);
-    std::memcpy(to + kHeader, message(echo) + begin, size);
+    std::memcpy(to + kHeader, answer.message + begin, size);
     to += kHeader + size;
   }
 }
@@ -230,13 +243,17 @@ void duck_echo_memory(const duck_echo* echo, duck_echo_slot* slots, int count, i
 
 void duck_echo_stream(const duck_echo* echo, int socket, std::size_t most) {
   std::vector<std::uint8_t> room(most), out;
+  const std::size_t tag = echo->sealed ? kTag : 0;
   for (std::size_t have = 0; receive(socket, room, have, kHeader);) {
     std::size_t whole = kHeader;
     if (room[kKind] == kAsk) {
       const auto bytes = field<std::uint32_t>(room.data(), kBytes);
-      whole = bytes + kHeader * field<std::uint16_t>(room.data(), kFragments);
+      whole = bytes + (kHeader + tag) * field<std::uint16_t>(room.data(), kFragments);
       if (whole > most || !receive(socket, room, have, whole)) return;
-      cut(*echo, room.data(), answer_bytes(*echo, bytes), kFrame, false, out);
+      const Answer answer = answer_to(*echo, room.data());
+      if (!answer.bytes) return;
+      const auto said = std::uint32_t(answer.bytes - tag);
+      cut(*echo, room.data(), answer, said, answer.sealed ? answer.bytes : kFrame, false, out);
       if (!send_all(socket, out)) return;
     }
     have -= whole;
@@ -271,11 +288,13 @@ void duck_echo_datagrams(const duck_echo* echo, int asks, int sender, std::uint3
         used + kTrain > DUCK_ECHO_BYTES)
       return;
     if (!ask.is_whole()) continue;
+    const Answer answer = answer_to(*echo, ask.header);
+    if (!answer.bytes) return;
     answered[came->answered % DUCK_ECHO_ANSWERED] = {field<std::uint32_t>(ask.header, kTicket),
                                                      ask.bytes(),
                                                      field<std::uint16_t>(ask.header, kLayer), 0};
     __atomic_store_n(&came->answered, came->answered + 1, __ATOMIC_RELEASE);
-    cut(*echo, ask.header, answer_bytes(*echo, ask.bytes()), payload, true, out);
+    cut(*echo, ask.header, answer, answer.bytes, payload, true, out);
     send_datagrams(sender, out, std::uint16_t(kHeader + payload), to);
     ask = {};
     used = 0;
