@@ -52,7 +52,7 @@ SHAPE = struct.Struct("<III")  # what the yardstick is told first: hidden, top_k
 # duck_echo, duck_echo_slot, duck_train, duck_echo_answered and duck_echo_came of duck.h
 _ECHO, _SLOT = struct.Struct("<QQQIIIIIIH6x"), struct.Struct("<QQQQIII4x")
 _TRAIN, _ANSWERED, _CAME = struct.Struct("<IIIII"), struct.Struct("<IIHxx"), struct.Struct("<II")
-_MOST_TRAINS, _MOST_ANSWERED, _MOST_BYTES = 64, 16, 1 << 18
+_MOST_TRAINS, _MOST_ANSWERED, _MOST_BYTES = 64, 2, 1 << 18
 
 
 def layer_of(ticket: int) -> int:

@@ -367,6 +367,19 @@ def test_bench_transport_with_faults(capfd: pytest.CaptureFixture[str]) -> None:
         ]
 
 
+def test_bench_transport_with_a_key(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("--ducks", "2", "--rows", "1,2,5", "--key", "--seconds", "0.05", "--json")
+    code, out, err = run(capfd, "bench", "transport", *words)
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [(row["transport"], row["rows"]) for row in rows if row["keyed"]] == [
+        (name, size) for name in ("tcp", "multicast") for size in (1, 2)
+    ]
+    assert len([row for row in rows if not row["keyed"]]) == 9
+    for row in rows:
+        assert row["to_plain"] > 0 if row["keyed"] else row["to_plain"] is None
+
+
 def test_bench_transport_for_people(capfd: pytest.CaptureFixture[str]) -> None:
     words = ("--transport", "shm", "--ducks", "1", "--rows", "1", "--seconds", "0.05")
     code, out, _ = run(capfd, "bench", "transport", *words)

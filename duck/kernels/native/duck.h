@@ -275,7 +275,7 @@ struct duck_echo_answered {
 struct duck_echo_came {
   std::uint32_t trains, answered;
 };
-enum { DUCK_ECHO_TRAINS = 64, DUCK_ECHO_ANSWERED = 16, DUCK_ECHO_BYTES = 1 << 18 };
+enum { DUCK_ECHO_TRAINS = 64, DUCK_ECHO_ANSWERED = 2, DUCK_ECHO_BYTES = 1 << 18 };
 // Answers asks whose datagrams come in order, from the socket `sender` to the host's address and
 // port, `payload` bytes a datagram. Returns with all others, one behind the other in `room`
 // (DUCK_ECHO_BYTES), or when it is over.

@@ -26,7 +26,7 @@ constexpr std::size_t kFrame = 1 << 20;  // bytes of a frame's payload at most
 constexpr int kUdp = 17, kUdpSegment = 103, kUdpGro = 104;  // linux/udp.h; older headers lack some
 constexpr std::size_t kTrain = 1 << 16;  // of what one reception of datagrams brings
 constexpr int kLookMs = 200;  // how often whoever waits looks whether it is over
-constexpr int kPauseMs = 1;   // so long after its last fragment an ask is no more waited for
+constexpr long kPauseNs = 200'000;  // so long after a fragment the next ones are lost
 
 template <typename T>
 T field(const std::uint8_t* header, std::size_t offset) {
@@ -272,9 +272,11 @@ void duck_echo_datagrams(const duck_echo* echo, int asks, int sender, std::uint3
   std::vector<std::uint8_t> out;
   Coming ask;
   std::size_t used = 0;
+  bool loose = false;  // what comes is the caller's: all that is there at once
   while (!is_over(*echo)) {
     pollfd there{asks, POLLIN, 0};
-    if (poll(&there, 1, came->trains ? kPauseMs : kLookMs) <= 0) {
+    const timespec wait{0, loose ? 0 : came->trains ? kPauseNs : kLookMs * 1'000'000L};
+    if (ppoll(&there, 1, &wait, nullptr) <= 0) {
       if (came->trains) return;
       continue;
     }
@@ -284,10 +286,9 @@ void duck_echo_datagrams(const duck_echo* echo, int asks, int sender, std::uint3
     train.offset = std::uint32_t(used);
     ++came->trains;
     used += train.bytes;
-    if (!ask.goes_on(*echo, data, train) || came->trains == DUCK_ECHO_TRAINS ||
-        used + kTrain > DUCK_ECHO_BYTES)
-      return;
-    if (!ask.is_whole()) continue;
+    if (came->trains == DUCK_ECHO_TRAINS || used + kTrain > DUCK_ECHO_BYTES) return;
+    loose = loose || !ask.goes_on(*echo, data, train);
+    if (loose || !ask.is_whole()) continue;
     const Answer answer = answer_to(*echo, ask.header);
     if (!answer.bytes) return;
     answered[came->answered % DUCK_ECHO_ANSWERED] = {field<std::uint32_t>(ask.header, kTicket),
