@@ -51,7 +51,7 @@ SEALED_TICKETS = 512
 SHAPE = struct.Struct("<III")  # what the yardstick is told first: hidden, top_k, max_rows
 # duck_echo, duck_echo_slot, duck_train, duck_echo_answered and duck_echo_came of duck.h
 _ECHO, _SLOT = struct.Struct("<QQQIIIIIIH6x"), struct.Struct("<QQQQIII4x")
-_TRAIN, _ANSWERED, _CAME = struct.Struct("<IIIII"), struct.Struct("<IIHxx"), struct.Struct("<II")
+_TRAIN, _ANSWERED, _CAME = struct.Struct("<IIIII"), struct.Struct("<IIH14x"), struct.Struct("<II")
 _MOST_TRAINS, _MOST_ANSWERED, _MOST_BYTES = 64, 2, 1 << 18
 
 
@@ -151,7 +151,7 @@ class _Echo:
             library.native().duck_echo_stream(self._address, link.fileno(), self._most)
 
     def datagrams(
-        self, asks: socket.socket, sender: socket.socket, host: Address, payload_bytes: int
+        self, asks: socket.socket, own: socket.socket, host: Address, payload_bytes: int
     ) -> Iterator[list[tuple[bytes, int, Address]]]:
         """Gives the trains that are left: datagrams, the size of all but the last, the sender."""
         where = int.from_bytes(socket.inet_aton(host[0]), "big")
@@ -161,7 +161,7 @@ class _Echo:
         ]
         while not self._over[0]:
             library.native().duck_echo_datagrams(
-                self._address, asks.fileno(), sender.fileno(), where, host[1], payload_bytes,
+                self._address, asks.fileno(), own.fileno(), where, host[1], payload_bytes,
                 *places,
             )  # fmt: skip
             count, _ = _CAME.unpack(self._came)
@@ -282,9 +282,10 @@ class _EchoMulticastFeed(MulticastFeed):
             self._serving = True
             if self._sealer:
                 self._echo.seal(self._seal)
-            answers, asks = self._sockets
-            asks.deafen()
-            _in_thread(self._serve, answers.socket.dup(), asks.socket.dup())
+            own, asks = self._sockets
+            for each in self._sockets:
+                each.deafen()
+            _in_thread(self._serve, own.socket.dup(), asks.socket.dup())
 
     def _seal(self, ticket: int, layer: int, body: bytes) -> bytes:
         session = self._session
@@ -302,14 +303,14 @@ class _EchoMulticastFeed(MulticastFeed):
             return
         super().answer(ticket, layer, answer, stamps)
 
-    def _serve(self, answers: socket.socket, asks: socket.socket) -> None:
+    def _serve(self, own: socket.socket, asks: socket.socket) -> None:
         host, size = self._where.host, self._cut.payload_bytes
-        with answers, asks, contextlib.suppress(RuntimeError):  # the loop has ended
-            for trains in self._echo.datagrams(asks, answers, host, size):
+        with own, asks, contextlib.suppress(RuntimeError):  # the loop has ended
+            for trains in self._echo.datagrams(asks, own, host, size):
                 self._loop.call_soon_threadsafe(self._left, trains)
 
     def _left(self, trains: Sequence[tuple[bytes, int, Address]]) -> None:
-        """What came to the group and was not answered."""
+        """What came and was not answered."""
         if not self._sockets or self._half is None:
             return
         now = time.perf_counter()

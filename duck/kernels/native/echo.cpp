@@ -9,6 +9,7 @@
 #include <poll.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,6 +27,8 @@ constexpr std::size_t kFrame = 1 << 20;  // bytes of a frame's payload at most
 constexpr int kUdp = 17, kUdpSegment = 103, kUdpGro = 104;  // linux/udp.h; older headers lack some
 constexpr std::size_t kTrain = 1 << 16;  // of what one reception of datagrams brings
 constexpr int kLookMs = 200;  // how often whoever waits looks whether it is over
+constexpr long kLookNs = 200'000'000;
+constexpr double kLimitS = 0.5e-3;  // an answer is sent again no sooner
 constexpr long kPauseNs = 200'000;  // so long after a fragment the next ones are lost
 
 template <typename T>
@@ -228,6 +231,23 @@ bool receive_train(int socket, std::uint8_t* into, duck_train& train) {
   return true;
 }
 
+double now_s() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
+}
+
+// Which answer a host waits for, if a train is the last fragment of an ask that was answered.
+duck_echo_answered* asked_again(const std::uint8_t* data, const duck_train& train,
+                                duck_echo_answered* answered) {
+  if (train.bytes < kHeader || train.bytes > train.size || data[kKind] != kAsk ||
+      field<std::uint16_t>(data, kFragment) + 1 != field<std::uint16_t>(data, kFragments))
+    return nullptr;
+  for (int i = 0; i < DUCK_ECHO_ANSWERED; ++i)
+    if (answered[i].ticket == field<std::uint32_t>(data, kTicket)) return answered + i;
+  return nullptr;
+}
+
 }  // namespace
 
 void duck_echo_memory(const duck_echo* echo, duck_echo_slot* slots, int count, int ducks, int epoll,
@@ -261,7 +281,7 @@ void duck_echo_stream(const duck_echo* echo, int socket, std::size_t most) {
   }
 }
 
-void duck_echo_datagrams(const duck_echo* echo, int asks, int sender, std::uint32_t address,
+void duck_echo_datagrams(const duck_echo* echo, int asks, int own, std::uint32_t address,
                          std::uint16_t port, std::size_t payload, void* room, duck_train* trains,
                          duck_echo_answered* answered, duck_echo_came* came) {
   sockaddr_in to{};
@@ -270,33 +290,42 @@ void duck_echo_datagrams(const duck_echo* echo, int asks, int sender, std::uint3
   to.sin_port = htons(port);
   came->trains = 0;
   std::vector<std::uint8_t> out;
+  const auto send = [&](const std::uint8_t* header, duck_echo_answered& about) {
+    const Answer answer = answer_to(*echo, header);
+    cut(*echo, header, answer, answer.bytes, payload, true, out);
+    about.sent_at = now_s();
+    send_datagrams(own, out, std::uint16_t(kHeader + payload), to);
+  };
   Coming ask;
   std::size_t used = 0;
   bool loose = false;  // what comes is the caller's: all that is there at once
   while (!is_over(*echo)) {
-    pollfd there{asks, POLLIN, 0};
-    const timespec wait{0, loose ? 0 : came->trains ? kPauseNs : kLookMs * 1'000'000L};
-    if (ppoll(&there, 1, &wait, nullptr) <= 0) {
+    pollfd there[] = {{asks, POLLIN, 0}, {own, POLLIN, 0}};
+    const timespec wait{0, loose ? 0 : came->trains ? kPauseNs : kLookNs};
+    if (ppoll(there, 2, &wait, nullptr) <= 0) {
       if (came->trains) return;
       continue;
     }
     auto* data = static_cast<std::uint8_t*>(room) + used;
     duck_train& train = trains[came->trains];
-    if (!receive_train(asks, data, train)) continue;
+    // What was said to all comes first: what is said to one may be about it.
+    if (!receive_train(there[0].revents ? asks : own, data, train)) continue;
+    if (duck_echo_answered* about = asked_again(data, train, answered)) {
+      if (now_s() - about->sent_at > kLimitS) send(data, *about);
+      continue;
+    }
     train.offset = std::uint32_t(used);
     ++came->trains;
     used += train.bytes;
     if (came->trains == DUCK_ECHO_TRAINS || used + kTrain > DUCK_ECHO_BYTES) return;
     loose = loose || !ask.goes_on(*echo, data, train);
     if (loose || !ask.is_whole()) continue;
-    const Answer answer = answer_to(*echo, ask.header);
-    if (!answer.bytes) return;
-    answered[came->answered % DUCK_ECHO_ANSWERED] = {field<std::uint32_t>(ask.header, kTicket),
-                                                     ask.bytes(),
-                                                     field<std::uint16_t>(ask.header, kLayer), 0};
+    if (!answer_to(*echo, ask.header).bytes) return;
+    duck_echo_answered& about = answered[came->answered % DUCK_ECHO_ANSWERED];
+    about = {field<std::uint32_t>(ask.header, kTicket), ask.bytes(),
+             field<std::uint16_t>(ask.header, kLayer), 0, 0, 0.0};
     __atomic_store_n(&came->answered, came->answered + 1, __ATOMIC_RELEASE);
-    cut(*echo, ask.header, answer, answer.bytes, payload, true, out);
-    send_datagrams(sender, out, std::uint16_t(kHeader + payload), to);
+    send(ask.header, about);
     ask = {};
     used = 0;
     came->trains = 0;
