@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -20,9 +21,11 @@ import pytest
 import duck
 from duck import wire
 from duck.errors import DuckLost
+from duck.flock import FlockAsk
 from duck.keys import ClusterKey
 from duck.transports.control import LONGEST_RETRY_S, RETRY_S, FlockTransport, retry_s
 from duck.transports.listen import ListeningDuck
+from duck.transports.shm import HostSlot
 from duck.transports.tcp import TcpTransport
 from duck.transports.tls import Credentials, Role
 from duck.transports.trains import sealed
@@ -237,3 +240,48 @@ async def test_an_engine_goes_on_when_its_duck_is_back(
             again = await engine.generate([*PROMPT, *want], ANSWER, session=session)
             whole = await engine.generate([*PROMPT, *want], ANSWER)
             assert again.token_ids == whole.token_ids
+
+
+@linux_only
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("schedule", ["serial", "wave"])
+async def test_an_engine_goes_on_after_an_answer_that_was_damaged_once_it_had_come(
+    tmp_path: Path, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In shared memory it is noticed by whoever adds up, on the device's worker."""
+    folder = make_checkpoint(tmp_path / "model", seed=0)
+    options = {"ducks": "local:2", "transport": "shm", "schedule": schedule}
+    arrived, damage = FlockAsk.arrived, asyncio.Event()
+    layer, rows = 0, 0
+
+    async def come(ask: FlockAsk) -> None:
+        await arrived(ask)
+        if damage.is_set() and (ask._ask.layer, ask._ask.count) == (layer, rows):
+            damage.clear()
+            assert ask._rows is not None
+            slot = ask._rows.unread
+            assert isinstance(slot, HostSlot)
+            slot.memory.raw[slot.place.answers + slot.place.stride + 70] ^= 1  # of duck 1
+
+    monkeypatch.setattr(FlockAsk, "arrived", come)
+    async with duck.Engine.open(folder, **options) as engine:
+        transport = engine._pipeline._flock._transport
+        free = transport.stats()["rows_free"]
+        want = (await engine.generate(PROMPT, ANSWER)).token_ids
+        asked = {(1, 3): "the prompt", (2, 3): "its last layer", (1, 1): "a step"}
+        for session, (layer, rows) in enumerate(asked, 2):
+            damage.set()
+            with pytest.raises(DuckLost) as caught:
+                await engine.generate(PROMPT, ANSWER)
+            assert re.fullmatch(
+                rf"lost duck 1 \(.*\) at layer {layer} after waiting \d+ ms: "
+                "an answer failed its checksum", str(caught.value),
+            )  # fmt: skip
+            assert not damage.is_set()
+            assert transport.stats()["rows_free"] == free
+            with pytest.raises(DuckLost, match="checksum; reconnecting"):
+                await engine.generate(PROMPT, ANSWER)
+            await _until(lambda: not transport.asks.lost)
+            assert (await engine.generate(PROMPT, ANSWER)).token_ids == want
+            assert transport.stats()["sessions"] == session
+        assert transport.stats()["rows_free"] == free
