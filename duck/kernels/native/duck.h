@@ -145,8 +145,9 @@ DUCK_API void duck_slot_ask(duck_slot* slot, std::uint32_t ticket, std::uint16_t
 // ask was put; -1 when one of them is not GOOD.
 DUCK_API int duck_slot_take(duck_slot* slot);
 
-// Looks at the headers of the answers that are there, and copies their stamps alone; the same else.
-// Their checksums are looked at by `take`, once their states are NONE again, or by `sum`.
+// Looks at the headers of the answers that are there, and copies their stamps alone; the same else:
+// GOOD says then that the header is the one wanted. Checksums are looked at by `take`, once the
+// states are NONE again, or by `sum`; the stamps' too.
 DUCK_API int duck_slot_look(duck_slot* slot);
 
 // The sum of all answers' rows in the order of the ducks, each answer copied, checked and added in
