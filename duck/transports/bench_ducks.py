@@ -133,7 +133,7 @@ class _Echo:
         self, memory: Memory, duck: int, edges: int, others: Sequence[int], host: int
     ) -> None:
         layout = memory.layout
-        slots = b"".join(
+        slots = bytearray().join(
             _SLOT.pack(
                 *(memory.address + place for place in (slot.ticket, slot.count, slot.ask)),
                 memory.address + slot.answers + duck * slot.stride, slot.ask_bytes, slot.swift, 0,
@@ -141,8 +141,8 @@ class _Echo:
             for slot in layout.slots
         )  # fmt: skip
         library.native().duck_echo_memory(
-            self._address, library.address_of(bytearray(slots)), len(layout.slots), layout.ducks,
-            edges, others[0] if others else -1, host,
+            self._address, library.address_of(slots), len(layout.slots), layout.ducks, edges,
+            others[0] if others else -1, host,
         )  # fmt: skip
 
     def stream(self, link: socket.socket) -> None:
