@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
 from duck import wire
-from duck.errors import DuckLost, WeightsError, WireError
+from duck.errors import DuckLost, TransportClosed, WeightsError, WireError
 from duck.placement import Plan
 from duck.transports.base import ASK_ROW_S, ASK_S, Ask, Rows, Transport
 
 
 class FlockAsk:
-    """An ask on its way. Whoever holds it closes it, whatever became of it."""
+    """An ask on its way. Whoever holds it closes it, whatever became of it.
+
+    Its answers may be read in any thread, also while it is closed: closing waits for the reader,
+    because from then on the row set serves other asks.
+    """
 
     def __init__(self, ask: Ask, flock: Flock, x: np.ndarray) -> None:
         self._ask, self._flock = ask, flock
         self._x = x  # for who is to blame; the caller's, who may have made other use of it since
         self._rows: Rows | None = None
+        self._closed = False
+        self._reading = threading.Lock()  # between `close` and whoever reads
         # (queue, compute) of each duck, known once it has arrived
         self.ducks_us: tuple[tuple[int, int], ...] = ()
 
@@ -44,23 +51,29 @@ class FlockAsk:
             WireError: it is not finite.
             WeightsError: nor were the rows that the ducks got.
             DuckLost: an answer is damaged.
+            TransportClosed: it is closed.
         """
-        assert self._rows is not None
-        total, finite = self._rows.total(self._ask.count)
-        if not finite:
-            if not np.isfinite(wire.to_float32(self._x)).all():
-                raise WeightsError(
-                    f"the rows at layer {self._ask.layer} were no numbers before any duck had "
-                    "them: the weights overflow on the host; --dtype float32 holds the most"
-                )
-            partials = self._rows.partials(self._ask.count)
-            numbers = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
-            bad = [str(duck) for duck, good in enumerate(numbers) if not good]
-            raise WireError(
-                f"the answers at layer {self._ask.layer} do not add up to numbers: "
-                + (f"not finite from duck {', '.join(bad)}" if bad else "the sum overflows")
-            )
+        with self._reading:
+            rows = self._landed()
+            total, finite = rows.total(self._ask.count)
+            if not finite:
+                raise self._no_numbers(rows)
         return total
+
+    def _no_numbers(self, rows: Rows) -> WeightsError | WireError:
+        """Who is to blame for it."""
+        if not np.isfinite(wire.to_float32(self._x)).all():
+            return WeightsError(
+                f"the rows at layer {self._ask.layer} were no numbers before any duck had "
+                "them: the weights overflow on the host; --dtype float32 holds the most"
+            )
+        partials = rows.partials(self._ask.count)
+        numbers = [np.isfinite(wire.to_float32(partial)).all() for partial in partials]
+        bad = [str(duck) for duck, good in enumerate(numbers) if not good]
+        return WireError(
+            f"the answers at layer {self._ask.layer} do not add up to numbers: "
+            + (f"not finite from duck {', '.join(bad)}" if bad else "the sum overflows")
+        )
 
     def pinned(self) -> np.ndarray | None:
         """The partial sums (ducks, T, hidden), if they lie where a GPU reads them by itself.
@@ -68,10 +81,17 @@ class FlockAsk:
         Whoever adds them there calls `total` if the sum is not finite.
 
         Raises:
-            DuckLost: an answer is damaged.
+            DuckLost, TransportClosed: as `total`.
         """
+        with self._reading:
+            rows = self._landed()
+            return rows.partials(self._ask.count) if rows.pinned else None
+
+    def _landed(self) -> Rows:
+        if self._closed:
+            raise TransportClosed("its answers are given back")
         assert self._rows is not None
-        return self._rows.partials(self._ask.count) if self._rows.pinned else None
+        return self._rows
 
     async def sum(self) -> np.ndarray:
         """Wait, add and close."""
@@ -83,7 +103,9 @@ class FlockAsk:
 
     def close(self) -> None:
         """Stop waiting if it still flies, and give its rows back; the second time nothing."""
-        self._ask.cancel()
+        with self._reading:
+            self._closed = True
+            self._ask.cancel()
 
     @property
     def sent_at(self) -> float:

@@ -63,7 +63,8 @@ Pin = Callable[[int], np.ndarray]
 class Unread(Protocol):
     """Answers that have come, and are neither copied nor verified yet.
 
-    Its functions raise DuckLost for one that is damaged; in any thread.
+    Its functions raise DuckLost for one that is damaged; in any thread, while the row set is not
+    given back: from then on it may serve another ask, whose answers have not come.
     """
 
     def land(self) -> None:
@@ -427,17 +428,17 @@ class AskTable:
         if self.on_lose:
             self.on_lose()
 
-    def lose_from_any_thread(self, duck: int, reason: str) -> None:
-        """As `lose`: at once where the event loop runs, else as soon as it may."""
+    def in_loop(self, call: Callable[[int], None], duck: int) -> None:
+        """Call it from any thread: at once where the event loop runs, else as soon as it may."""
         try:
             here = asyncio.get_running_loop()
         except RuntimeError:
             here = None
         if here is self.loop:
-            self.lose(duck, reason)
+            call(duck)
         else:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody asks any more
-                self.loop.call_soon_threadsafe(self.lose, duck, reason)
+                self.loop.call_soon_threadsafe(call, duck)
 
     def loss(self, ask: Ask, duck: int, reason: str) -> DuckLost:
         """What ends an ask, or tells that its answers are damaged."""

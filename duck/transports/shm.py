@@ -47,7 +47,7 @@ from duck.errors import ConfigError, DuckError, DuckLost, TransportError, WireEr
 from duck.kernels import library
 from duck.placement import Plan
 from duck.transports import control
-from duck.transports.base import Ask, AskTable, Rows, set_capacities
+from duck.transports.base import Ask, Rows, set_capacities
 from duck.transports.control import FlockTransport, Welcome
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
@@ -60,7 +60,8 @@ _ALL_AT_ONCE = 8  # so many ducks are woken by the host itself
 _TEXT_BYTES = 4096  # of a duck's words on why it cannot answer
 _HELLO = b"duck"
 _OK = b"OK"
-BAD_CHECKSUM = "an answer failed its checksum"
+_BAD_CHECKSUM = "an answer failed its checksum"
+_GOOD = library.MESSAGE_GOOD
 _CREDENTIALS = struct.Struct("3i")
 _SLOT = struct.Struct("<8QIi28sI")  # duck_slot of duck.h
 
@@ -188,17 +189,18 @@ class HostSlot:
 
     Args:
         rows: the row set that it serves.
+        flock: in whose session it is made.
         wake: the eventfd that wakes the ducks.
     """
 
-    def __init__(self, memory: Memory, rows: Rows, asks: AskTable, session: int, wake: int) -> None:
-        self.memory, self._asks = memory, asks
+    def __init__(self, memory: Memory, rows: Rows, flock: FlockTransport, wake: int) -> None:
+        self.memory, self._flock, self._session = memory, flock, flock.session
         self.place = place = memory.layout.slots[rows.number]
         self.ask: Ask | None = None
         self.states = bytearray(memory.layout.ducks)
         self.taken = 0  # answers, the last time it was looked at
         self.known = b""  # the states then
-        want = _header(wire.Kind.ANSWER, session, 0, 0, 0, 0)[:28]
+        want = _header(wire.Kind.ANSWER, self._session, 0, 0, 0, 0)[:28]
         self._table = bytearray(
             _SLOT.pack(
                 memory.address + place.ticket, memory.address + place.count,
@@ -212,14 +214,16 @@ class HostSlot:
         self.put, self._land = native.duck_slot_ask, native.duck_slot_take
         self.take = native.duck_slot_look if place.swift else native.duck_slot_take
         self._sum = native.duck_slot_sum
-        shape = asks.plan.shape
+        shape = flock.plan.shape
         self._hidden, self._bf16 = shape.hidden, shape.answer_dtype == "bfloat16"
 
     def land(self) -> None:
         ducks = self.memory.layout.ducks
         self.states[:] = bytes(ducks)
         if self._land(self.address) != ducks:
-            self._lose(self.states.index(library.MESSAGE_BAD))
+            # Or with another header than the one that came, or none: what is wrong with it by now
+            # is as good as a wrong checksum.
+            self._lose(next(d for d, state in enumerate(self.states) if state != _GOOD))
 
     def total(self) -> tuple[np.ndarray, bool]:
         assert self.ask is not None
@@ -236,10 +240,15 @@ class HostSlot:
         Raises:
             DuckLost: that.
         """
-        asks, ask = self._asks, self.ask
+        asks, ask = self._flock.asks, self.ask
         assert ask is not None
-        asks.lose_from_any_thread(duck, BAD_CHECKSUM)
-        raise asks.loss(ask, duck, BAD_CHECKSUM)
+        asks.in_loop(self._lost, duck)
+        raise asks.loss(ask, duck, _BAD_CHECKSUM)
+
+    def _lost(self, duck: int) -> None:
+        """In the event loop. If another session has begun, it begins without this loss."""
+        if self._flock.session == self._session:
+            self._flock.asks.lose(duck, _BAD_CHECKSUM)
 
 
 class ShmPlane:
@@ -329,7 +338,7 @@ class ShmPlane:
 
     def _slot(self, rows: Rows) -> HostSlot:
         assert self._memory is not None
-        return HostSlot(self._memory, rows, self._asks, self._flock.session, self._to_ducks[0])
+        return HostSlot(self._memory, rows, self._flock, self._to_ducks[0])
 
     def forget(self, ask: Ask) -> None:
         self._flying.pop(ask.rows.number, None)
@@ -379,7 +388,7 @@ class ShmPlane:
         """There are answers, but not all, or not all now, or some that are none."""
         news = [duck for duck in self._all if slot.states[duck] != slot.known[duck]]
         for duck in news:
-            if slot.states[duck] != library.MESSAGE_GOOD:
+            if slot.states[duck] != _GOOD:
                 self._asks.lose(duck, self._what_is_wrong(slot, duck))
                 return  # the ask is lost with it
         self._asks.arrived_whole(ask, news)
@@ -389,7 +398,7 @@ class ShmPlane:
         """Why an answer is none: the duck's own words, or what we found."""
         memory, place = slot.memory, slot.place
         if slot.states[duck] == library.MESSAGE_BAD:
-            return BAD_CHECKSUM
+            return _BAD_CHECKSUM
         offset = place.answers + duck * place.stride
         raw = memory.header(offset)
         try:
@@ -398,7 +407,7 @@ class ShmPlane:
             return str(error)
         if header.kind == wire.Kind.ERROR and 0 < header.message_bytes <= _TEXT_BYTES:
             text = np.empty(header.message_bytes, np.uint8)
-            if memory.get(offset, raw, text) == library.MESSAGE_GOOD:
+            if memory.get(offset, raw, text) == _GOOD:
                 words = wire.plain(text.tobytes().decode("utf-8", "replace"))
                 return f"the duck could not answer: {words}"
         return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -26,7 +27,7 @@ from duck.errors import (
 )
 from duck.flock import Flock, FlockAsk
 from duck.transports import listen
-from duck.transports.base import SMALL_SETS
+from duck.transports.base import SMALL_SETS, Rows, add_up
 from duck.transports.control import FlockTransport
 from tests.flocks import KEY, MAKERS, WAIT_S, FakeDuck, FakeFlock, fake_flock, listening
 
@@ -310,6 +311,48 @@ async def test_cancelled_while_waiting_for_the_sum(flock: FakeFlock) -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert flock.free == free
+
+
+async def test_who_reads_too_late_hurts_nobody(flock: FakeFlock) -> None:
+    """The rows serve another ask by then, which is still in flight."""
+    x, ids, weights = flock.inputs(1)
+    ask: FlockAsk = await Flock(flock.transport, flock.plan).ask(1, x, ids, weights)
+    await ask.arrived()
+    rows = ask._rows
+    ask.close()
+    for duck in flock.ducks:
+        duck.hold(2)
+    others = [await flock.ask(2) for _ in range(SMALL_SETS)]
+    assert rows in [other.rows for other, _ in others]
+    for read in (ask.total, ask.pinned):
+        with pytest.raises(TransportClosed):
+            read()
+    for duck in flock.ducks:
+        duck.let_go()
+    for other, want in others:
+        np.testing.assert_array_equal((await other).partials(1), want)
+        other.release()
+
+
+async def test_rows_are_not_given_back_while_they_are_added_up(
+    flock: FakeFlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, ids, weights = flock.inputs(1)
+    ask: FlockAsk = await Flock(flock.transport, flock.plan).ask(1, x, ids, weights)
+    await ask.arrived()
+    closing, given_back = threading.Thread(target=ask.close), []
+
+    def total(rows: Rows, count: int) -> tuple[np.ndarray, bool]:
+        closing.start()
+        closing.join(0.05)  # it cannot end; if it could, it would be quick
+        given_back.append(not rows.in_use)
+        return add_up(rows.partials(count))
+
+    monkeypatch.setattr(Rows, "total", total)
+    ask.total()
+    closing.join()
+    assert ask._rows is not None
+    assert [*given_back, not ask._rows.in_use] == [False, True]
 
 
 # --- backpressure

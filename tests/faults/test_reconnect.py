@@ -252,11 +252,11 @@ async def test_an_engine_goes_on_after_an_answer_that_was_damaged_once_it_had_co
     folder = make_checkpoint(tmp_path / "model", seed=0)
     options = {"ducks": "local:2", "transport": "shm", "schedule": schedule}
     arrived, damage = FlockAsk.arrived, asyncio.Event()
-    layer, rows = 0, 0
+    place = (0, 0)  # layer and rows of the ask
 
     async def come(ask: FlockAsk) -> None:
         await arrived(ask)
-        if damage.is_set() and (ask._ask.layer, ask._ask.count) == (layer, rows):
+        if damage.is_set() and (ask._ask.layer, ask._ask.count) == place:
             damage.clear()
             assert ask._rows is not None
             slot = ask._rows.unread
@@ -268,13 +268,13 @@ async def test_an_engine_goes_on_after_an_answer_that_was_damaged_once_it_had_co
         transport = engine._pipeline._flock._transport
         free = transport.stats()["rows_free"]
         want = (await engine.generate(PROMPT, ANSWER)).token_ids
-        asked = {(1, 3): "the prompt", (2, 3): "its last layer", (1, 1): "a step"}
-        for session, (layer, rows) in enumerate(asked, 2):
+        # The prompt's, also where the sum goes to the norm; and a step's.
+        for session, place in enumerate([(1, 3), (2, 3), (1, 1)], 2):
             damage.set()
             with pytest.raises(DuckLost) as caught:
                 await engine.generate(PROMPT, ANSWER)
             assert re.fullmatch(
-                rf"lost duck 1 \(.*\) at layer {layer} after waiting \d+ ms: "
+                rf"lost duck 1 \(.*\) at layer {place[0]} after waiting \d+ ms: "
                 "an answer failed its checksum", str(caught.value),
             )  # fmt: skip
             assert not damage.is_set()

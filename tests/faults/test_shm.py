@@ -516,6 +516,50 @@ async def test_a_damaged_answer_that_is_added_up_in_a_thread(hand: Hand) -> None
         await other
 
 
+@pytest.mark.parametrize("at", [2, 8], ids=["header", "ticket"])
+async def test_a_header_that_is_changed_once_it_has_come(hand: Hand, at: int) -> None:
+    """To add up needs no header; who copies looks at it again."""
+    transport, duck = hand
+    ask = await _ask(transport)
+    duck.answer(ask, 3)
+    duck.signal()
+    rows = await ask
+    duck.memory.raw[duck.layout.slots[rows.number].answers + at] ^= 1
+    np.testing.assert_array_equal(rows.total(1)[0], np.full((1, 8), 3))
+    for _ in range(2):
+        with pytest.raises(DuckLost, match="failed its checksum"):
+            rows.partials(1)
+    ask.release()
+
+
+async def test_damage_of_an_old_session_is_no_loss_in_the_new_one() -> None:
+    async with fake_flock("shm") as flock:
+        transport, free = flock.transport, flock.free
+        assert isinstance(transport, ShmTransport)
+        asks = [await flock.ask(layer) for layer in (1, 2, 3)]
+        for ask, _ in asks:
+            await ask
+        for ask, _ in asks[:2]:
+            slot = ask.rows.unread
+            assert isinstance(slot, shm.HostSlot)
+            slot.memory.raw[slot.place.answers + 70] ^= 1
+        with pytest.raises(DuckLost, match="failed its checksum"):
+            asks[0][0].rows.total(1)
+        await _until(lambda: not transport.asks.lost)
+        assert transport.sessions == 2
+        with pytest.raises(DuckLost, match="failed its checksum"):
+            asks[1][0].rows.total(1)
+        assert not transport.asks.lost
+        whole, want = asks[2]  # nothing is wrong with it
+        np.testing.assert_array_equal(whole.rows.partials(1), want)
+        for ask, _ in asks:
+            ask.release()
+        ask, want = await flock.ask(4)
+        np.testing.assert_array_equal((await ask).partials(1), want)
+        ask.release()
+        assert flock.free == free
+
+
 async def test_a_late_answer_never_lands_in_another_asks_rows(hand: Hand) -> None:
     transport, duck = hand
     late = await _ask(transport, layer=1)
