@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from duck import wire
+from duck import log, wire
 from duck.errors import DuckError, WireError
 from duck.kernels import library
 from duck.keys import ClusterKey
@@ -88,20 +88,19 @@ class _Echo:
         self._over = np.zeros(1, np.uint32)
         most = shape.ask_bytes(shape.max_rows)
         self._most = most + wire.HEADER_BYTES * (2 + most // wire.FRAME_LIMIT)
-        self._sealed: list[bytes] = []
+        self._sealed = bytearray()  # messages one after the other
         self._facts = shape.ask_bytes(1), shape.answer_bytes(1), session, duck
         self._pack()
         self._answered = bytearray(_ANSWERED.size * _MOST_ANSWERED)
         self._came, self._known = bytearray(_CAME.size), 0
 
     def _pack(self) -> None:
-        self._memory = bytearray().join(self._sealed)
-        sealed = library.address_of(self._memory) if self._memory else 0
-        each = len(self._sealed[0]) if self._sealed else 0
+        sealed = library.address_of(self._sealed) or 0
+        self._each = len(self._sealed) // SEALED_TICKETS
         self._it = bytearray(
             _ECHO.pack(
-                self._message.ctypes.data, self._over.ctypes.data, sealed, each, len(self._sealed),
-                len(self._message), *self._facts,
+                self._message.ctypes.data, self._over.ctypes.data, sealed, self._each,
+                SEALED_TICKETS, len(self._message), *self._facts,
             )
         )  # fmt: skip
         self._address = library.address_of(self._it)
@@ -109,18 +108,20 @@ class _Echo:
     def seal(self, seal: Callable[[int, int, bytes], bytes]) -> None:
         """Seal the answers to the session's first asks, which are all as long as they may be.
 
+        In a thread: with many ducks it takes seconds, in which their hosts want to hear of them.
         seal: of a ticket, a layer and the body.
         """
-        body = self._message.tobytes()
-        self._sealed = [
-            seal(ticket, layer_of(ticket), body) for ticket in range(1, SEALED_TICKETS + 1)
-        ]
+        body, made = self._message.tobytes(), bytearray()
+        for ticket in range(1, SEALED_TICKETS + 1):
+            made += seal(ticket, layer_of(ticket), body)
+        self._sealed = made
         self._pack()
 
     def message(self, ask: _Answered) -> bytes:
         """What an ask is answered with."""
         if self._sealed:
-            return self._sealed[ask.ticket - 1]
+            begin = (ask.ticket - 1) * self._each
+            return bytes(self._sealed[begin : begin + self._each])
         return STAMPS + self.sums(ask.message_bytes).tobytes()
 
     def sums(self, message_bytes: int) -> np.ndarray:
@@ -250,9 +251,12 @@ class _EchoTcp(TcpDuckPlane):
         link.transport.pause_reading()
         own = socket.socket(fileno=os.dup(link.transport.get_extra_info("socket").fileno()))
         echo = _Echo(session.plan.shape, session.id, session.duck)
+        _in_thread(self._serve, feed, echo, own)
+
+    def _serve(self, feed: TcpFeed, echo: _Echo, link: socket.socket) -> None:
         if feed._sealer:
             echo.seal(partial(self._seal, feed))
-        _in_thread(echo.stream, own)
+        echo.stream(link)
 
     @staticmethod
     def _seal(feed: TcpFeed, ticket: int, layer: int, body: bytes) -> bytes:
@@ -280,8 +284,6 @@ class _EchoMulticastFeed(MulticastFeed):
         super()._ping(head, payload)
         if self._half and not self._serving:
             self._serving = True
-            if self._sealer:
-                self._echo.seal(self._seal)
             own, asks = self._sockets
             for each in self._sockets:
                 each.deafen()
@@ -305,6 +307,8 @@ class _EchoMulticastFeed(MulticastFeed):
 
     def _serve(self, own: socket.socket, asks: socket.socket) -> None:
         host, size = self._where.host, self._cut.payload_bytes
+        if self._sealer:
+            self._echo.seal(self._seal)
         with own, asks, contextlib.suppress(RuntimeError):  # the loop has ended
             for trains in self._echo.datagrams(asks, own, host, size):
                 self._loop.call_soon_threadsafe(self._left, trains)
@@ -402,7 +406,8 @@ def _be_a_duck(number: int, key: ClusterKey) -> None:
             addresses.append(await told.get())
         yardstick = f"127.0.0.1:{listener.getsockname()[1]}"
         line = json.dumps({"duck": number, "addresses": [*addresses, yardstick]})
-        os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
+        with contextlib.suppress(BrokenPipeError):  # the host is gone already
+            os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
         await ended.wait()
         for task in serving:
             task.cancel()
@@ -419,6 +424,7 @@ def _be_a_duck(number: int, key: ClusterKey) -> None:
 def main() -> None:
     """Fork the ducks and wait for them."""
     told = json.loads(sys.argv[1])
+    log.configure()  # not to stdout, where addresses go and nobody reads on
     library.native()  # once, and not in each of them
     if hasattr(os, "sched_setscheduler"):
         # A host that is measured at real-time priority must not make its ducks so: while they end,
