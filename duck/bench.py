@@ -140,8 +140,8 @@ def _transport_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
     )
     transport.add_argument(
         "--loss", metavar="0.1%,1%", default="",
-        help="drop this share of multicast's datagrams as well; numbers are percent, with or "
-        "without the sign",
+        help="drop this share of multicast's datagrams as well, with asks of at most 4 rows "
+        "(others go by TCP); numbers are percent, with or without the sign",
     )  # fmt: skip
     transport.add_argument(
         "--faults", metavar="reorder=20%,seed=7", default="",
@@ -165,7 +165,8 @@ def _transport_parser(kinds: Any, common: argparse.ArgumentParser) -> None:
 def _transport(arguments: argparse.Namespace) -> int:
     from duck.bars import working
     from duck.cli import write_json
-    from duck.transports.bench import HARMFUL, LOSSY, bench_transport, tables
+    from duck.transports.base import SMALL_ROWS
+    from duck.transports.bench import HARMFUL, LOSSY, SEALED, bench_transport, tables
 
     chosen = arguments.transport.split(",")
     allowed = [name for name in CHOICES["transport"][0] if name not in ("auto", "loopback")]
@@ -186,6 +187,16 @@ def _transport(arguments: argparse.Namespace) -> int:
             "--transport multicast or leave it out"
         )
     faults = _faults(arguments.faults)
+    if arguments.key and not (set(chosen) & set(SEALED) and min(rows) <= SMALL_ROWS):
+        raise ConfigError(
+            "--key: tcp and multicast are measured with a key, and asks of at most "
+            f"{SMALL_ROWS} rows: choose them too, or leave it out"
+        )
+    if losses and min(rows) > SMALL_ROWS:
+        raise ConfigError(
+            f"--loss: asks of more than {SMALL_ROWS} rows go by TCP: give --rows 1 as well, or "
+            "leave it out"
+        )
     harmful = ", ".join(name for name in HARMFUL if name in faults)
     if harmful and set(chosen) - set(LOSSY):
         raise ConfigError(

@@ -396,8 +396,8 @@ def _be_a_duck(number: int, key: ClusterKey) -> None:
     _in_thread(_yardstick, listener)
 
     async def serve() -> None:
-        ended = asyncio.Event()
-        asyncio.get_running_loop().add_reader(0, ended.set)  # readable when the host is gone
+        # Readable when the host is gone: then there is nothing left to do properly.
+        asyncio.get_running_loop().add_reader(0, os._exit, 0)
         told: asyncio.Queue[str] = asyncio.Queue()
         serving, addresses = [], []
         for credentials in (None, Credentials(key, Role.DUCK)):
@@ -406,25 +406,22 @@ def _be_a_duck(number: int, key: ClusterKey) -> None:
             addresses.append(await told.get())
         yardstick = f"127.0.0.1:{listener.getsockname()[1]}"
         line = json.dumps({"duck": number, "addresses": [*addresses, yardstick]})
-        with contextlib.suppress(BrokenPipeError):  # the host is gone already
-            os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
-        await ended.wait()
-        for task in serving:
-            task.cancel()
+        os.write(1, f"{line}\n".encode())  # in one piece: the others write there too
         await asyncio.wait(serving)
 
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        uvloop.run(serve())
-        return
-    asyncio.run(serve())
+    with contextlib.suppress(BrokenPipeError):  # the host is gone before it had our address
+        try:
+            import uvloop
+        except ImportError:
+            asyncio.run(serve())
+        else:
+            uvloop.run(serve())
 
 
 def main() -> None:
     """Fork the ducks and wait for them."""
     told = json.loads(sys.argv[1])
-    log.configure()  # not to stdout, where addresses go and nobody reads on
+    log.configure("error")  # not to stdout, where addresses go
     library.native()  # once, and not in each of them
     if hasattr(os, "sched_setscheduler"):
         # A host that is measured at real-time priority must not make its ducks so: while they end,

@@ -67,6 +67,7 @@ class Faults(Generic[Message]):
         spoil: Callable[[Message, Random], Message] | None = None,
     ) -> None:
         self.counts: Counter[str] = Counter()
+        self.at_work = True  # if not, messages pass as they are
         self._random = Random(seed)
         self._drop, self._duplicate, self._reorder = drop, duplicate, reorder
         self._delay_s, self._corrupt, self._spoil = delay_s, corrupt, spoil
@@ -77,6 +78,9 @@ class Faults(Generic[Message]):
     def put(self, message: Message, now: float) -> None:
         """A message sets out."""
         self.counts["messages"] += 1
+        if not self.at_work:
+            heapq.heappush(self._waiting, (now, next(self._order), message))
+            return
         # Every choice is drawn for every message: one rate does not change what another hits.
         lost, twice, overtaken, changed, late, later = (self._random.random() for _ in range(6))
         if lost < self._drop:

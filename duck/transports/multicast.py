@@ -592,10 +592,12 @@ class MulticastPlane:
     def stats(self) -> Mapping[str, float]:
         """Counters as `reliable.Counts`, and those of all sockets together."""
         counts: dict[str, float] = dict(self._half.counts.to_dict())
-        counts["late_answers"] += self._tcp.stats()["late_answers"]
+        long = self._tcp.stats()
+        counts["late_answers"] += long["late_answers"]
         sockets = [nic.socket for nic in self._nics.values()]
         for name in ("calls", "datagrams", "send_calls", "unsent"):
             counts[name] = sum(getattr(sock, name) for sock in sockets)
+        counts["calls"] += long["calls"]
         if self._receiver:
             counts["calls"] += self._receiver.receptions
             counts["datagrams"] += self._receiver.datagrams

@@ -70,9 +70,10 @@ async def measure(name: str, pond: Pond, losses: list[float], count: int, longes
         ]
         p50, p99 = np.percentile(took, [50, 99])
         blocks = [took[at : at + BLOCK] for at in range(0, len(took), BLOCK)]
-        calm = np.median([np.percentile(block, 99) for block in blocks if len(block) == BLOCK])
+        p99s = [np.percentile(block, 99) for block in blocks if len(block) == BLOCK]
+        calm = f"{np.median(p99s):.2f}" if p99s else "-"
         cells = [
-            name, f"{percent:g} %", str(len(took)), f"{p50:.2f}", f"{p99:.2f}", f"{calm:.2f}",
+            name, f"{percent:g} %", str(len(took)), f"{p50:.2f}", f"{p99:.2f}", calm,
             f"{max(took):.2f}",
             f"{cpu_us:.0f}", *again,
         ]  # fmt: skip

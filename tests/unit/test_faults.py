@@ -87,6 +87,19 @@ def test_delay() -> None:
     assert faults.next_at() is None
 
 
+def test_faults_that_are_not_at_work() -> None:
+    faults: Faults[bytes] = Faults(2, drop=0.5, duplicate=0.5, reorder=0.5, corrupt=0.5)
+    faults.at_work = False
+    messages = [bytes([number]) for number in range(50)]
+    for message in messages:
+        faults.put(message, 1.0)
+    assert faults.get(1.0) == messages
+    faults.at_work = True
+    for message in messages:
+        faults.put(message, 2.0)
+    assert faults.get(3.0) != messages
+
+
 def test_corrupt() -> None:
     faults: Faults[bytes] = Faults(2, corrupt=0.25)
     arrived = through(faults)
