@@ -167,6 +167,7 @@ def _transport(arguments: argparse.Namespace) -> int:
     from duck.cli import write_json
     from duck.transports.base import SMALL_ROWS
     from duck.transports.bench import HARMFUL, LOSSY, SEALED, bench_transport, tables
+    from duck.transports.bench_ducks import MOST_ROWS
 
     chosen = arguments.transport.split(",")
     allowed = [name for name in CHOICES["transport"][0] if name not in ("auto", "loopback")]
@@ -179,7 +180,7 @@ def _transport(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.seconds <= 3600:
         raise ConfigError(f"--seconds {arguments.seconds}: want more than 0, up to 3600")
     counts = numbers("--ducks", arguments.ducks, MAX_LOCAL_DUCKS)
-    rows = numbers("--rows", arguments.rows, 1024)
+    rows = numbers("--rows", arguments.rows, MOST_ROWS)
     losses = _shares("--loss", arguments.loss)
     if losses and not set(chosen) & set(LOSSY):
         raise ConfigError(

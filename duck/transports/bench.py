@@ -51,7 +51,7 @@ from duck.kernels import library
 from duck.keys import KEY_BYTES, ClusterKey
 from duck.placement import Plan, equal_slices
 from duck.transports.base import SMALL_ROWS, Rows
-from duck.transports.bench_ducks import DTYPE, LAYERS, SEALED_TICKETS, SHAPE
+from duck.transports.bench_ducks import DTYPE, HIDDEN, LAYERS, SEALED_TICKETS, SHAPE
 from duck.transports.control import FlockTransport, Plane
 from duck.transports.faulty import Faults, FaultyPlane, FaultyUdpSocket, spoil_datagram
 from duck.transports.link import data_frames
@@ -59,7 +59,7 @@ from duck.transports.multicast import MulticastPlane
 from duck.transports.planes import host_plane
 from duck.transports.tls import Credentials, Role
 
-HIDDEN, TOP_K = 7168, 8  # DeepSeek-V3
+TOP_K = 8  # DeepSeek-V3
 LOSSY = ("multicast",)  # transports whose datagrams can be dropped here
 SEALED = ("tcp", "multicast")  # which a key changes
 HARMFUL = ("drop", "corrupt")  # faults that end a flock under the others

@@ -45,7 +45,9 @@ from duck.transports.trains import sealed
 
 STAMPS = wire.pack_stamps(0.0, 0.0)
 DTYPE = "bfloat16"
+HIDDEN = 7168  # DeepSeek-V3
 LAYERS = 4
+MOST_ROWS = 1024
 SEALED_TICKETS = 512
 """Asks of a session that its ducks can answer when there is a key."""
 SHAPE = struct.Struct("<III")  # what the yardstick is told first: hidden, top_k, max_rows
@@ -83,8 +85,10 @@ class _Echo:
 
     def __init__(self, shape: wire.Shape, session: int = 0, duck: int = 0) -> None:
         self._shape = shape
-        self._rows = _sums(shape.hidden, shape.max_rows)
-        self._message = np.frombuffer(STAMPS + self._rows.tobytes(), np.uint8)
+        message = largest_message(shape.hidden)
+        self._message = message[: wire.STAMP_BYTES + shape.answer_bytes(shape.max_rows)]
+        sums = message[wire.STAMP_BYTES :].view(wire.wire_array(DTYPE))
+        self._rows = sums.reshape(-1, shape.hidden)
         self._over = np.zeros(1, np.uint32)
         most = shape.ask_bytes(shape.max_rows)
         self._most = most + wire.HEADER_BYTES * (2 + most // wire.FRAME_LIMIT)
@@ -192,10 +196,13 @@ def _dotted(address: int) -> str:
 
 
 @cache
-def _sums(hidden: int, rows: int) -> np.ndarray:
-    """(rows, hidden) in the wire dtype."""
-    values = np.random.default_rng(0).standard_normal((rows, hidden), np.float32)
-    return wire.to_wire(values, DTYPE)
+def largest_message(hidden: int) -> np.ndarray:
+    """Stamps and `MOST_ROWS` rows as they travel.
+
+    Whoever forks ducks calls it before: so many would take seconds to make it, each for itself.
+    """
+    values = np.random.default_rng(0).standard_normal((MOST_ROWS, hidden), np.float32)
+    return np.frombuffer(STAMPS + wire.to_wire(values, DTYPE).tobytes(), np.uint8)
 
 
 def _ask(session: HostSession, echo: _Echo) -> None:
@@ -423,6 +430,7 @@ def main() -> None:
     told = json.loads(sys.argv[1])
     log.configure("error")  # not to stdout, where addresses go
     library.native()  # once, and not in each of them
+    largest_message(HIDDEN)
     if hasattr(os, "sched_setscheduler"):
         # A host that is measured at real-time priority must not make its ducks so: while they end,
         # they may wait for each other in the kernel, each keeping the other from running.
