@@ -53,7 +53,11 @@ SEALED_TICKETS = 512
 SHAPE = struct.Struct("<III")  # what the yardstick is told first: hidden, top_k, max_rows
 # duck_echo, duck_echo_slot, duck_train, duck_echo_answered and duck_echo_came of duck.h
 _ECHO, _SLOT = struct.Struct("<QQQIIIIIIH6x"), struct.Struct("<QQQQIII4x")
-_TRAIN, _ANSWERED, _CAME = struct.Struct("<IIIII"), struct.Struct("<IIH14x"), struct.Struct("<II")
+_TRAIN, _ANSWERED, _CAME = (
+    struct.Struct("<IIIII"),
+    struct.Struct("<IIH14x"),
+    struct.Struct("<II40x"),
+)
 _MOST_TRAINS, _MOST_ANSWERED, _MOST_BYTES = 64, 2, 1 << 18
 
 
@@ -277,7 +281,7 @@ class _EchoMulticast(MulticastDuckPlane):
 
 
 class _EchoMulticastFeed(MulticastFeed):
-    """Answers asks that come in order in a thread; all else goes the usual way."""
+    """Answers asks in a thread; all else, losses too, goes the usual way."""
 
     _serving = False
 

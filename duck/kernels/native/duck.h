@@ -273,16 +273,18 @@ struct duck_echo_answered {
   std::uint32_t ticket, bytes;
   std::uint16_t layer, unused16;
   std::uint32_t unused;
-  double sent_at;
+  double resent_at;
 };
 struct duck_echo_came {
   std::uint32_t trains, answered;
+  std::uint8_t header[32];  // of the ask that is coming, and the fragments of it that have come
+  std::uint64_t bits;
 };
 enum { DUCK_ECHO_TRAINS = 64, DUCK_ECHO_ANSWERED = 2, DUCK_ECHO_BYTES = 1 << 18 };
-// Answers asks whose datagrams come in order to the group's socket or the duck's `own`, from which
-// answers go to the host's address and port, `payload` bytes a datagram; and sends the last ones again
-// when it is asked with the last fragment of their ask. Returns with all other trains, one behind the
-// other in `room` (DUCK_ECHO_BYTES), or when it is over.
+// Answers asks whose datagrams come to the group's socket or the duck's `own`, from which
+// answers go to the host's address and port, `payload` bytes a datagram; and sends the last ones again,
+// or what a NACK says is missing of them, when the host asks. Returns with all other trains, one behind
+// the other in `room` (DUCK_ECHO_BYTES), or when it is over: what is missing of an ask is told there.
 DUCK_API void duck_echo_datagrams(const duck_echo* echo, int asks, int own,
                                   std::uint32_t address, std::uint16_t port, std::size_t payload,
                                   void* room, duck_train* trains, duck_echo_answered* answered,

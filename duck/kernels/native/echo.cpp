@@ -22,13 +22,13 @@ namespace {
 constexpr std::size_t kHeader = 32, kCrc = 28, kStamps = 16, kTag = 16;
 constexpr std::size_t kKind = 3, kSession = 4, kTicket = 8, kLayer = 12, kSource = 14, kFragment = 16,
                       kFragments = 18, kBytes = 20, kOffset = 24;
-constexpr std::uint8_t kAsk = 1, kAnswer = 2;
+constexpr std::uint8_t kAsk = 1, kAnswer = 2, kNack = 3;
 constexpr std::size_t kFrame = 1 << 20;  // bytes of a frame's payload at most
 constexpr int kUdp = 17, kUdpSegment = 103, kUdpGro = 104;  // linux/udp.h; older headers lack some
 constexpr std::size_t kTrain = 1 << 16;  // of what one reception of datagrams brings
 constexpr int kLookMs = 200;  // how often whoever waits looks whether it is over
 constexpr long kLookNs = 200'000'000;
-constexpr double kLimitS = 0.5e-3;  // an answer is sent again no sooner
+constexpr double kLimitS = 0.5e-3;  // an answer is sent once more no sooner
 constexpr long kPauseNs = 200'000;  // so long after a fragment the next ones are lost
 
 template <typename T>
@@ -180,33 +180,32 @@ void send_datagrams(int socket, const std::vector<std::uint8_t>& train, std::uin
   }
 }
 
-// An ask that comes in order, in however many trains.
-struct Coming {
-  std::uint8_t header[kHeader] = {};  // of its first fragment
-  std::uint32_t fragments = 0;        // that have come
-
-  std::uint32_t bytes() const { return field<std::uint32_t>(header, kBytes); }
-  bool is_whole() const { return fragments == field<std::uint16_t>(header, kFragments); }
-
-  // Whether all datagrams of a train are the next fragments of it.
-  bool goes_on(const duck_echo& echo, const std::uint8_t* data, const duck_train& train) {
-    for (std::size_t begin = 0; begin < train.bytes; begin += train.size) {
-      const std::uint8_t* datagram = data + begin;
-      if (train.bytes - begin < kHeader || datagram[kKind] != kAsk) return false;
-      if (!fragments) {
-        std::memcpy(header, datagram, kHeader);
-        if (field<std::uint32_t>(header, kSession) != echo.session) return false;
-      }
-      // The same but for its number and offset.
-      if (field<std::uint16_t>(datagram, kFragment) != fragments || is_whole() ||
-          std::memcmp(header, datagram, kFragment) != 0 ||
-          std::memcmp(header + kFragments, datagram + kFragments, kOffset - kFragments) != 0)
-        return false;
-      ++fragments;
+// Whether all datagrams of a train are fragments of the ask that is coming, or of a newer one, which
+// it is from now on.
+bool takes(duck_echo_came& coming, const duck_echo& echo, const std::uint8_t* data,
+           const duck_train& train) {
+  for (std::size_t begin = 0; begin < train.bytes; begin += train.size) {
+    const std::uint8_t* datagram = data + begin;
+    if (train.bytes - begin < kHeader || datagram[kKind] != kAsk ||
+        field<std::uint32_t>(datagram, kSession) != echo.session)
+      return false;
+    const auto fragment = field<std::uint16_t>(datagram, kFragment);
+    if (fragment >= 64 || fragment >= field<std::uint16_t>(datagram, kFragments)) return false;
+    // The same but for its number and offset.
+    if (std::memcmp(coming.header, datagram, kFragment) != 0 ||
+        std::memcmp(coming.header + kFragments, datagram + kFragments, kOffset - kFragments) != 0) {
+      std::memcpy(coming.header, datagram, kHeader);
+      coming.bits = 0;
     }
-    return true;
+    coming.bits |= std::uint64_t{1} << fragment;
   }
-};
+  return true;
+}
+
+// The bits of all its fragments.
+std::uint64_t all_of(const duck_echo_came& coming) {
+  return ~std::uint64_t{0} >> (64 - std::min<int>(64, field<std::uint16_t>(coming.header, kFragments)));
+}
 
 // Receives what is there, if anything.
 bool receive_train(int socket, std::uint8_t* into, duck_train& train) {
@@ -237,12 +236,23 @@ double now_s() {
   return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
 }
 
-// Which answer a host waits for, if a train is the last fragment of an ask that was answered.
-duck_echo_answered* asked_again(const std::uint8_t* data, const duck_train& train,
-                                duck_echo_answered* answered) {
-  if (train.bytes < kHeader || train.bytes > train.size || data[kKind] != kAsk ||
-      field<std::uint16_t>(data, kFragment) + 1 != field<std::uint16_t>(data, kFragments))
+// Which answer a host waits for, if a train is the last fragment of an ask that was answered, or tells
+// what is missing of the answer; and the fragments it wants, as bits. A sealed note is not for us.
+duck_echo_answered* asked_again(const duck_echo& echo, const std::uint8_t* data,
+                                const duck_train& train, duck_echo_answered* answered,
+                                std::uint64_t& bits) {
+  if (train.bytes < kHeader || train.bytes > train.size ||
+      field<std::uint32_t>(data, kSession) != echo.session)
     return nullptr;
+  if (data[kKind] == kAsk) {
+    if (field<std::uint16_t>(data, kFragment) + 1 != field<std::uint16_t>(data, kFragments))
+      return nullptr;
+    bits = ~std::uint64_t{0};
+  } else if (data[kKind] == kNack && !echo.sealed && train.bytes <= kHeader + sizeof bits) {
+    std::memcpy(&bits, data + kHeader, train.bytes - kHeader);
+  } else {
+    return nullptr;
+  }
   for (int i = 0; i < DUCK_ECHO_ANSWERED; ++i)
     if (answered[i].ticket == field<std::uint32_t>(data, kTicket)) return answered + i;
   return nullptr;
@@ -290,13 +300,23 @@ void duck_echo_datagrams(const duck_echo* echo, int asks, int own, std::uint32_t
   to.sin_port = htons(port);
   came->trains = 0;
   std::vector<std::uint8_t> out;
-  const auto send = [&](const std::uint8_t* header, duck_echo_answered& about) {
-    const Answer answer = answer_to(*echo, header);
-    cut(*echo, header, answer, answer.bytes, payload, true, out);
-    about.sent_at = now_s();
-    send_datagrams(own, out, std::uint16_t(kHeader + payload), to);
+  const auto size = std::uint16_t(kHeader + payload);
+  // Sends the answer to an ask, or these fragments of it.
+  const auto send = [&](duck_echo_answered& about, std::uint64_t bits) {
+    std::uint8_t ask[kHeader];
+    std::memcpy(ask, came->header, kHeader);
+    set(ask, kTicket, about.ticket);
+    set(ask, kLayer, about.layer);
+    set(ask, kBytes, about.bytes);
+    const Answer answer = answer_to(*echo, ask);
+    cut(*echo, ask, answer, answer.bytes, payload, true, out);
+    if (bits == ~std::uint64_t{0}) return send_datagrams(own, out, size, to);
+    for (std::size_t begin = 0; begin < out.size() && bits; begin += size, bits >>= 1)
+      if (bits & 1)
+        sendto(own, out.data() + begin, std::min<std::size_t>(size, out.size() - begin), 0,
+               reinterpret_cast<const sockaddr*>(&to), sizeof to);
   };
-  Coming ask;
+  const std::uint8_t* const ask = came->header;
   std::size_t used = 0;
   bool loose = false;  // what comes is the caller's: all that is there at once
   while (!is_over(*echo)) {
@@ -310,23 +330,35 @@ void duck_echo_datagrams(const duck_echo* echo, int asks, int own, std::uint32_t
     duck_train& train = trains[came->trains];
     // What was said to all comes first: what is said to one may be about it.
     if (!receive_train(there[0].revents ? asks : own, data, train)) continue;
-    if (duck_echo_answered* about = asked_again(data, train, answered)) {
-      if (now_s() - about->sent_at > kLimitS) send(data, *about);
+    std::uint64_t bits = 0;
+    if (duck_echo_answered* about = asked_again(*echo, data, train, answered, bits)) {
+      const double now = now_s();
+      if (now - about->resent_at > kLimitS) {
+        about->resent_at = now;
+        send(*about, bits);
+      }
       continue;
     }
     train.offset = std::uint32_t(used);
     ++came->trains;
     used += train.bytes;
     if (came->trains == DUCK_ECHO_TRAINS || used + kTrain > DUCK_ECHO_BYTES) return;
-    loose = loose || !ask.goes_on(*echo, data, train);
-    if (loose || !ask.is_whole()) continue;
-    if (!answer_to(*echo, ask.header).bytes) return;
+    if (!takes(*came, *echo, data, train)) {
+      loose = true;
+      continue;
+    }
+    const std::uint64_t all = all_of(*came);
+    // The caller tells the host what is missing; what comes of that is looked at here again.
+    loose = loose || (came->bits != all && came->bits > all >> 1);
+    if (came->bits != all) continue;
+    if (!answer_to(*echo, ask).bytes) return;
     duck_echo_answered& about = answered[came->answered % DUCK_ECHO_ANSWERED];
-    about = {field<std::uint32_t>(ask.header, kTicket), ask.bytes(),
-             field<std::uint16_t>(ask.header, kLayer), 0, 0, 0.0};
+    about = {field<std::uint32_t>(ask, kTicket), field<std::uint32_t>(ask, kBytes),
+             field<std::uint16_t>(ask, kLayer), 0, 0, 0.0};
     __atomic_store_n(&came->answered, came->answered + 1, __ATOMIC_RELEASE);
-    send(ask.header, about);
-    ask = {};
+    send(about, ~std::uint64_t{0});
+    came->bits = 0;
+    if (loose) continue;  // something else came with it
     used = 0;
     came->trains = 0;
   }
