@@ -154,7 +154,8 @@ class Patience:
     """How long to wait for one duck before it is asked again.
 
     As RFC 6298: smoothed time + 4 times its smoothed variation, from `FLOOR_S` to `CAP_S`. The
-    variation counts up to eight times as much after waits that proved impatient.
+    variation counts up to eight times as much after waits that proved impatient. A sample counts as
+    no further off than eight times the variation and `FLOOR_S`.
 
     wait_s: that. soon_s: with half the variation, where asking in vain costs a packet or two: those
     who wait for what was lost twice decide what the slowest rounds take.
@@ -172,8 +173,12 @@ class Patience:
         if not self._smoothed:
             self._smoothed, self._variation = took_s, took_s / 2
         else:
-            self._variation += (abs(took_s - self._smoothed) - self._variation) / 4
-            self._smoothed += (took_s - self._smoothed) / 8
+            # One pause of somebody's machine says nothing of the next answer: much more than usual
+            # counts only as it comes again.
+            most = 8 * (self._variation + FLOOR_S)
+            off = min(max(took_s - self._smoothed, -most), most)
+            self._variation += (abs(off) - self._variation) / 4
+            self._smoothed += off / 8
         if self._stretch > 1:
             self._stretch = max(1.0, self._stretch * 0.998)
         varies_s = self._variation * self._stretch

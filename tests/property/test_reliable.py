@@ -533,6 +533,17 @@ def test_waits_follow_the_times_and_stay_in_their_bounds() -> None:
     assert patience.wait_s == CAP_S
 
 
+def test_one_pause_does_not_make_the_next_waits_long() -> None:
+    patience = Patience()
+    for _ in range(100):
+        patience.sample(1e-3)
+    patience.sample(50e-3)
+    assert 5e-3 < patience.wait_s < 15e-3
+    for _ in range(20):
+        patience.sample(50e-3)  # it was no pause: this is how long it takes
+    assert patience.wait_s == CAP_S
+
+
 @given(
     st.lists(
         st.tuples(
