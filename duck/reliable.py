@@ -155,7 +155,7 @@ class Patience:
 
     As RFC 6298: smoothed time + 4 times its smoothed variation, from `FLOOR_S` to `CAP_S`. The
     variation counts up to eight times as much after waits that proved impatient. A sample counts as
-    no further off than eight times the variation and `FLOOR_S`.
+    no further off than eight times the sum of the variation and `FLOOR_S`.
 
     wait_s: that. soon_s: with half the variation, where asking in vain costs a packet or two: those
     who wait for what was lost twice decide what the slowest rounds take.

@@ -1,15 +1,12 @@
 // Ducks that compute nothing and answer at once, to measure transports with: they cost so little
-// that what is measured is the host. They do what any duck's end does with an ask that comes whole
-// and alone; all else is the caller's.
+// that what is measured is the host. They put asks together and answer them, and send again what is
+// asked for again; telling what is missing of an ask, and all else, is the caller's.
 #include "duck.h"
 
 #if defined(__linux__)
 #include <arpa/inet.h>
-#include <netinet/in.h>
 #include <poll.h>
 #include <sys/epoll.h>
-#include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,31 +14,16 @@
 #include <cstring>
 #include <vector>
 
+#include "datagrams.h"
+#include "frame.h"
+
 namespace {
 
-constexpr std::size_t kHeader = 32, kCrc = 28, kStamps = 16, kTag = 16;
-constexpr std::size_t kKind = 3, kSession = 4, kTicket = 8, kLayer = 12, kSource = 14, kFragment = 16,
-                      kFragments = 18, kBytes = 20, kOffset = 24;
-constexpr std::uint8_t kAsk = 1, kAnswer = 2, kNack = 3;
 constexpr std::size_t kFrame = 1 << 20;  // bytes of a frame's payload at most
-constexpr int kUdp = 17, kUdpSegment = 103, kUdpGro = 104;  // linux/udp.h; older headers lack some
-constexpr std::size_t kTrain = 1 << 16;  // of what one reception of datagrams brings
 constexpr int kLookMs = 200;  // how often whoever waits looks whether it is over
-constexpr long kLookNs = 200'000'000;
+constexpr long kLookNs = kLookMs * 1'000'000L;
 constexpr double kLimitS = 0.5e-3;  // an answer is sent once more no sooner
 constexpr long kPauseNs = 200'000;  // so long after a fragment the next ones are lost
-
-template <typename T>
-T field(const std::uint8_t* header, std::size_t offset) {
-  T value;
-  std::memcpy(&value, header + offset, sizeof value);
-  return value;
-}
-
-template <typename T>
-void set(std::uint8_t* header, std::size_t offset, T value) {
-  std::memcpy(header + offset, &value, sizeof value);
-}
 
 void signal(int descriptor) {
   const std::uint64_t one = 1;
@@ -181,7 +163,7 @@ void send_datagrams(int socket, const std::vector<std::uint8_t>& train, std::uin
 }
 
 // Whether all datagrams of a train are fragments of the ask that is coming, or of a newer one, which
-// it is from now on.
+// is the one that is coming from then on.
 bool takes(duck_echo_came& coming, const duck_echo& echo, const std::uint8_t* data,
            const duck_train& train) {
   for (std::size_t begin = 0; begin < train.bytes; begin += train.size) {
@@ -204,36 +186,8 @@ bool takes(duck_echo_came& coming, const duck_echo& echo, const std::uint8_t* da
 
 // The bits of all its fragments.
 std::uint64_t all_of(const duck_echo_came& coming) {
-  return ~std::uint64_t{0} >> (64 - std::min<int>(64, field<std::uint16_t>(coming.header, kFragments)));
-}
-
-// Receives what is there, if anything.
-bool receive_train(int socket, std::uint8_t* into, duck_train& train) {
-  sockaddr_in from{};
-  iovec all{into, kTrain};
-  alignas(cmsghdr) char control[64];
-  msghdr what{};
-  what.msg_name = &from;
-  what.msg_namelen = sizeof from;
-  what.msg_iov = &all;
-  what.msg_iovlen = 1;
-  what.msg_control = control;
-  what.msg_controllen = sizeof control;
-  const ssize_t got = recvmsg(socket, &what, MSG_DONTWAIT);
-  if (got <= 0) return false;
-  int size = int(got);
-  for (cmsghdr* said = CMSG_FIRSTHDR(&what); said; said = CMSG_NXTHDR(&what, said))
-    if (said->cmsg_level == kUdp && said->cmsg_type == kUdpGro)
-      std::memcpy(&size, CMSG_DATA(said), sizeof size);
-  train = {0, std::uint32_t(got), std::uint32_t(size), ntohl(from.sin_addr.s_addr),
-           ntohs(from.sin_port)};
-  return true;
-}
-
-double now_s() {
-  timespec now{};
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
+  const int fragments = field<std::uint16_t>(coming.header, kFragments);
+  return ~std::uint64_t{0} >> (64 - std::min(64, fragments));
 }
 
 // Which answer a host waits for, if a train is the last fragment of an ask that was answered, or tells
@@ -329,7 +283,10 @@ void duck_echo_datagrams(const duck_echo* echo, int asks, int own, std::uint32_t
     auto* data = static_cast<std::uint8_t*>(room) + used;
     duck_train& train = trains[came->trains];
     // What was said to all comes first: what is said to one may be about it.
-    if (!receive_train(there[0].revents ? asks : own, data, train)) continue;
+    const Reception received = receive_train(there[0].revents ? asks : own, data);
+    if (received.got <= 0) continue;
+    train = {std::uint32_t(used), std::uint32_t(received.got), std::uint32_t(received.size),
+             received.address, received.port};
     std::uint64_t bits = 0;
     if (duck_echo_answered* about = asked_again(*echo, data, train, answered, bits)) {
       const double now = now_s();
@@ -339,7 +296,6 @@ void duck_echo_datagrams(const duck_echo* echo, int asks, int own, std::uint32_t
       }
       continue;
     }
-    train.offset = std::uint32_t(used);
     ++came->trains;
     used += train.bytes;
     if (came->trains == DUCK_ECHO_TRAINS || used + kTrain > DUCK_ECHO_BYTES) return;

@@ -10,28 +10,14 @@
 #include <cstring>
 
 #include "duck.h"
+#include "frame.h"
 #include "rows.h"
 
 namespace {
 
-constexpr std::size_t kHeader = 32, kCrc = 28;
-constexpr std::size_t kKind = 3, kTicket = 8, kLayer = 12, kSource = 14, kBytes = 20;
-constexpr std::uint8_t kAsk = 1;
-constexpr std::size_t kStamps = 16;
 constexpr std::uint16_t kHost = 0xFFFF;
 // So much is copied before it is summed: it is in the nearest cache then.
 constexpr std::size_t kBlock = 15 * 1024;
-
-std::uint32_t field(const std::uint8_t* header, std::size_t offset) {
-  std::uint32_t value;
-  std::memcpy(&value, header + offset, sizeof value);
-  return value;
-}
-
-template <typename T>
-void set(std::uint8_t* header, std::size_t offset, T value) {
-  std::memcpy(header + offset, &value, sizeof value);
-}
 
 template <typename T>
 T* at(std::uint64_t address) {
@@ -53,7 +39,7 @@ std::uint32_t copy(const std::uint8_t* from, std::uint8_t* to, std::size_t bytes
 bool is_there(const std::uint8_t* place, const void* want) {
   const auto* ticket = reinterpret_cast<const std::uint32_t*>(place + kTicket);
   return __atomic_load_n(ticket, __ATOMIC_ACQUIRE) ==
-         field(static_cast<const std::uint8_t*>(want), kTicket);
+         field<std::uint32_t>(static_cast<const std::uint8_t*>(want), kTicket);
 }
 
 // The header that is wanted of the message at an index, up to the checksum.
@@ -81,7 +67,7 @@ void duck_message_put(void* place, const void* header, const void* first, std::s
   if (second_bytes) std::memcpy(to + kHeader + first_bytes, second, second_bytes);
   std::memcpy(to, head, kTicket);
   std::memcpy(to + kTicket + 4, head + kTicket + 4, kHeader - kTicket - 4);
-  __atomic_store_n(ticket, field(head, kTicket), __ATOMIC_SEQ_CST);
+  __atomic_store_n(ticket, field<std::uint32_t>(head, kTicket), __ATOMIC_SEQ_CST);
 }
 
 int duck_messages_get(const void* places, std::size_t stride, int count, const void* want,
@@ -104,7 +90,7 @@ int duck_messages_get(const void* places, std::size_t stride, int count, const v
     }
     auto* to = static_cast<std::uint8_t*>(rows) + index * row_stride;
     const std::uint32_t crc = copy(place + kHeader, to, bytes, duck_crc32c(0, head, kCrc));
-    states[index] = crc == field(head, kCrc) ? DUCK_MESSAGE_GOOD : DUCK_MESSAGE_BAD;
+    states[index] = crc == field<std::uint32_t>(head, kCrc) ? DUCK_MESSAGE_GOOD : DUCK_MESSAGE_BAD;
   }
   return known;
 }
@@ -182,7 +168,7 @@ int duck_slot_sum(const duck_slot* slot, int bf16, float* to, int* bad) {
       crc = duck_crc32c(crc, block, some);
       duck_row_add(block, some / size, bf16, duck == 0, to + begin / size);
     }
-    if (crc != field(head, kCrc)) {
+    if (crc != field<std::uint32_t>(head, kCrc)) {
       *bad = int(duck);
       return 0;
     }

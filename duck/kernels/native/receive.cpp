@@ -9,12 +9,10 @@
 
 #if defined(__linux__)
 #include <fcntl.h>
-#include <netinet/in.h>
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,29 +26,15 @@
 #include <thread>
 #include <vector>
 
+#include "datagrams.h"
+#include "frame.h"
+
 namespace {
 
-constexpr std::size_t kHeader = 32, kCrc = 28, kTicket = 8, kSource = 14;
-constexpr std::size_t kFragment = 16, kFragments = 18, kBytes = 20, kOffset = 24;
-constexpr int kUdp = 17, kUdpGro = 104;      // linux/udp.h; older headers lack it
-constexpr std::size_t kLargest = 1 << 16;    // of what one reception of datagrams brings
 constexpr std::size_t kStretch = 256 << 10;  // of what one of a stream does, the lock being held
 constexpr int kMostCalls = 128;              // whoever floods us holds nobody up
 constexpr int kPauseMs = 1;  // so long without an answer in a round that has begun is told
 constexpr std::size_t kMessages = 64;  // that one reception can bring at most
-
-template <typename T>
-T field(const std::uint8_t* header, std::size_t offset) {
-  T value;
-  std::memcpy(&value, header + offset, sizeof value);
-  return value;
-}
-
-double now_s() {
-  timespec now{};
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
-}
 
 struct OpenAsk {
   std::array<std::uint8_t, kCrc> front;  // the header of duck 0's answer, up to the checksum
@@ -321,7 +305,7 @@ struct duck_receiver {
 
   bool full() const {
     return events_.size() + kMessages > DUCK_MOST_EVENTS || trains_.size() == DUCK_MOST_TRAINS ||
-           used_ + kLargest > DUCK_MOST_BYTES;
+           used_ + kTrain > DUCK_MOST_BYTES;
   }
 
   void run() {
@@ -489,43 +473,24 @@ struct duck_receiver {
   void drain(int socket) {
     for (int calls = 0; calls < kMostCalls && !full(); ++calls) {
       std::uint8_t* const base = buffer_.data() + used_;
-      sockaddr_in sender{};
-      alignas(cmsghdr) char control[64];
-      iovec vector{base, kLargest};
-      msghdr message{};
-      message.msg_name = &sender;
-      message.msg_namelen = sizeof sender;
-      message.msg_iov = &vector;
-      message.msg_iovlen = 1;
-      message.msg_control = control;
-      message.msg_controllen = sizeof control;
-      const ssize_t got = recvmsg(socket, &message, MSG_DONTWAIT);
-      if (got < 0) {
+      const Reception came = receive_train(socket, base);
+      if (came.got < 0) {
         if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EBADF || errno == ENOTSOCK) return;
         ++receptions_;  // an ICMP message about something sent before: it was lost, no more
         continue;
       }
       ++receptions_;
-      const auto bytes = static_cast<std::size_t>(got);
-      std::size_t size = bytes;
-      for (cmsghdr* part = CMSG_FIRSTHDR(&message); part; part = CMSG_NXTHDR(&message, part)) {
-        if (part->cmsg_level == kUdp && part->cmsg_type == kUdpGro) {
-          std::int32_t value;
-          std::memcpy(&value, CMSG_DATA(part), sizeof value);
-          if (value > 0) size = static_cast<std::size_t>(value);
-        }
-      }
+      const auto bytes = static_cast<std::size_t>(came.got);
+      const std::size_t size = came.size;
       datagrams_ += bytes ? (bytes + size - 1) / size : 1;
-      if (!bytes || message.msg_flags & MSG_TRUNC) continue;
-      const std::uint64_t from =
-          std::uint64_t{ntohl(sender.sin_addr.s_addr)} << 16 | ntohs(sender.sin_port);
+      if (!bytes || came.cut) continue;
+      const std::uint64_t from = std::uint64_t{came.address} << 16 | came.port;
       const std::size_t done = taken(base, bytes, size, from);
       if (done == bytes) continue;
       // The rest is for the caller.
       std::memmove(base, base + done, bytes - done);
       trains_.push_back({static_cast<std::uint32_t>(used_), static_cast<std::uint32_t>(bytes - done),
-                         static_cast<std::uint32_t>(size), static_cast<std::uint32_t>(from >> 16),
-                         static_cast<std::uint32_t>(from & 0xFFFF)});
+                         static_cast<std::uint32_t>(size), came.address, came.port});
       used_ += bytes - done;
       urgent_ = true;
     }
