@@ -20,9 +20,9 @@ Pure: no socket, no clock. Buffers are the caller's; nothing is copied on the wa
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -40,6 +40,7 @@ _HEAD_BYTES = 28  # of the header: all but its checksum
 # them new; the others are along for the ride.
 _NONCE = slice(8, 20)
 _SOURCE = slice(14, 16)
+_PLACE = struct.Struct("<I4xH")  # ticket and fragment
 _BY_TICKET = frozenset({Kind.ASK, Kind.ANSWER})
 _ANSWER = int(Kind.ANSWER)  # every one of a round is compared with it
 
@@ -162,77 +163,82 @@ class Sealer:
         self._due: dict[int, tuple[bytes, int]] = {}  # kind -> ticket and fragment that may follow
         self._count = 0
 
-    def seal_into(self, head: Bytes, body: Bytes, out: Bytes) -> int:
-        """Write a sealed message into `out`; its length.
+    def seal(self, head: Bytes, body: Bytes) -> bytes:
+        """A sealed message.
 
-        head: the header as it will be sent; out: `len(body) + overhead(kind)` bytes, no part of
-        `body`.
+        head: the header as it will be sent.
 
         Raises:
             TransportError: this ticket was sealed before (all were used, or an ask was answered
-                twice); nothing was written.
+                twice).
         """
+        cipher, nonce, counter = self._begin(head)
+        return counter + cipher.encrypt(nonce, body, head[:_HEAD_BYTES])
+
+    def seal_into(self, head: Bytes, body: Bytes, out: memoryview) -> int:
+        """As `seal`, into `out`; its length.
+
+        out: `len(body) + overhead(kind)` bytes, no part of `body`; when this raises, as it was.
+        """
+        cipher, nonce, counter = self._begin(head)
+        out[: len(counter)] = counter
+        sealed = out[len(counter) :]
+        return len(counter) + cipher.encrypt_into(nonce, body, head[:_HEAD_BYTES], sealed)
+
+    def _begin(self, head: Bytes) -> tuple[AESGCM, Bytes, bytes]:
+        """The cipher, a nonce that is used up by this, and the counter that travels."""
         kind = head[3]
-        cipher = self._ciphers.get(kind) or self._cipher(kind)
+        cipher = self._ciphers.get(kind)
+        if cipher is None:
+            cipher = self._ciphers[kind] = AESGCM(self._channel.key(Kind(kind)))
         if kind in _BY_TICKET:
             self._claim(kind, head)
-            return cipher.encrypt_into(head[_NONCE], body, head[:_HEAD_BYTES], out)
+            return cipher, head[_NONCE], b""
         self._count += 1  # 64 bits: never all used
         counter = _COUNTER.pack(self._count)
-        view = memoryview(out)
-        view[: _COUNTER.size] = counter
-        sealed = view[_COUNTER.size :]
-        return _COUNTER.size + cipher.encrypt_into(
-            counter + bytes(4), body, head[:_HEAD_BYTES], sealed
-        )
-
-    def seal(self, head: Bytes, body: Bytes) -> bytearray:
-        """As `seal_into`, in a buffer of its own."""
-        out = bytearray(len(body) + overhead(Kind(head[3])))
-        self.seal_into(head, body, out)
-        return out
-
-    def _cipher(self, kind: int) -> AESGCM:
-        cipher = self._ciphers[kind] = AESGCM(self._channel.key(Kind(kind)))
-        return cipher
+        return cipher, counter + bytes(4), counter
 
     def _claim(self, kind: int, head: Bytes) -> None:
         """Make sure that this nonce is new: a ticket from its first fragment on, one by one."""
-        ticket, fragment = bytes(head[8:12]), int.from_bytes(head[16:18], "little")
+        ticket, fragment = _PLACE.unpack_from(head, 8)
         if fragment:
             fresh = self._due.get(kind) == (ticket, fragment)
         else:
             used = self._used.setdefault(kind, Window())
-            number = int.from_bytes(ticket, "little")
-            if fresh := not used.seen(number):
-                used.note(number)
+            if fresh := not used.seen(ticket):
+                used.note(ticket)
         if not fresh:
             raise TransportError(
-                f"ticket {int.from_bytes(ticket, 'little')} was used before in this session; "
-                "start a new one"
+                f"ticket {ticket} was used before in this session; start a new one"
             )
         self._due[kind] = (ticket, fragment + 1)
 
 
-def open_answers(
-    openers: Mapping[int, Opener],
-    front: bytes,
-    pairs: Sequence[tuple[memoryview, memoryview]],
-    ducks: Iterable[int],
-) -> list[int]:
+class Landing(NamedTuple):
+    """Where one duck's answer lies and opens to; made by `Opener.landing`.
+
+    source: the duck as its headers say it.
+    """
+
+    source: bytes
+    open_into: Callable[[Bytes, Bytes, Bytes, Bytes], int]
+    sealed: memoryview
+    out: memoryview
+
+
+def open_answers(front: bytes, landings: Sequence[Landing], ducks: Iterable[int]) -> list[int]:
     """Open the answers of these ducks to one ask; whose are forged or damaged.
 
     On the way of every answer, so it is one loop over what was made ready before.
 
-    front: the header of duck 0's answer, 28 bytes of it. pairs: of every duck, the sealed answer
-    and where it goes, which is as long as the body.
+    front: the header of duck 0's answer, 28 bytes of it. landings: of every duck.
     """
     before, behind, bad = front[: _SOURCE.start], front[_SOURCE.stop :], []
     for duck in ducks:
-        head = before + duck.to_bytes(2, "little") + behind
-        sealed, out = pairs[duck]
+        source, open_into, sealed, out = landings[duck]
+        head = before + source + behind
         try:
-            openers[duck].answers(head[_NONCE], sealed, head, out)
+            open_into(head[_NONCE], sealed, head, out)
         except InvalidTag:
             bad.append(duck)
     return bad
@@ -260,7 +266,7 @@ class Opener:
             WireError: forged, damaged, sealed for somebody else, cut off, or opened before.
         """
         kind = head[3]
-        cipher = self._ciphers.get(kind) or self._cipher(kind)
+        cipher = self._cipher(kind)
         if kind == _ANSWER:
             return self._decrypt(cipher, head[_NONCE], head, sealed, out)
         fragment = 0
@@ -283,13 +289,15 @@ class Opener:
             seen.note(number)  # only now: a forged number must not shut out the real one
         return size
 
-    @cached_property
-    def answers(self) -> Callable[[Bytes, Bytes, Bytes, Bytes], int]:
-        """What opens answers, of a nonce, the sealed, its head and where to; see `open_answers`."""
-        return self._cipher(_ANSWER).decrypt_into
+    def landing(self, duck: int, sealed: memoryview, out: memoryview) -> Landing:
+        """For `open_answers`: this duck's sealed answer opens into `out`, as long as the body."""
+        open_into = self._cipher(_ANSWER).decrypt_into
+        return Landing(duck.to_bytes(2, "little"), open_into, sealed, out)
 
     def _cipher(self, kind: int) -> AESGCM:
-        cipher = self._ciphers[kind] = AESGCM(self._channel.key(Kind(kind)))
+        cipher = self._ciphers.get(kind)
+        if cipher is None:
+            cipher = self._ciphers[kind] = AESGCM(self._channel.key(Kind(kind)))
         return cipher
 
     @staticmethod

@@ -244,8 +244,6 @@ async def _measure(
     x = wire.to_wire(rng.standard_normal((size, HIDDEN), np.float32), DTYPE)
     ids = np.argsort(rng.random((size, 256)), axis=1)[:, :TOP_K].astype(np.int32)
     weights = rng.random((size, TOP_K), np.float32)
-    turn = TURN if size * ducks < 64 else 2
-    most = SEALED_TICKETS if cell.keyed else math.inf
     async with contextlib.AsyncExitStack() as opened:
         flock = await opened.enter_async_context(_flock(cell, addresses, plan, faults, key))
         plain = None
@@ -255,23 +253,29 @@ async def _measure(
         yardstick = _Yardstick([each.yardstick for each in addresses], plan, size)
         opened.callback(yardstick.close)
         # Few of long ones: while the yardstick has its turn, nobody hears our ducks.
-        turn, warm = (TURN, WARM_ROUNDS) if size * ducks < 64 else (2, LAYERS)
+        turn, lead, warm = (TURN, LAYERS, WARM_ROUNDS) if size * ducks < 64 else (2, 1, LAYERS)
         ours, unkeyed, theirs = _Side([], [], []), _Side([], [], []), _Side([], [], [])
         for each in filter(None, (flock, plain)):
             await _our_turn(each, x, ids, weights, _Side([], [], []), warm)
         yardstick.turn(_Side([], [], []), warm)
         begun = time.perf_counter()
-        most = SEALED_TICKETS - warm - turn if cell.keyed else math.inf
-        calls = packets = rounds = 0
-        while rounds <= most and (time.perf_counter() - begun < seconds or len(ours.cpu) < 3):
+        most = (SEALED_TICKETS - warm) // (lead + turn) if cell.keyed else math.inf
+        calls = packets = 0
+        while (turns := len(ours.cpu)) < most and (
+            time.perf_counter() - begun < seconds or turns < 3
+        ):
+            # The others had their turns, and emptied the caches.
+            await _our_turn(flock, x, ids, weights, _Side([], [], []), lead)
             before = _calls(flock), _packets()
             await _our_turn(flock, x, ids, weights, ours, turn)
             calls += _calls(flock) - before[0]
             packets += _packets() - before[1]
-            rounds += turn
             if plain:
+                await _our_turn(plain, x, ids, weights, _Side([], [], []), lead)
                 await _our_turn(plain, x, ids, weights, unkeyed, turn)
+            yardstick.turn(_Side([], [], []), lead)
             yardstick.turn(theirs, turn)
+    rounds = len(ours.latencies)
     latencies = np.array(ours.latencies) * 1e6
     return Row(
         **asdict(cell), rounds=rounds,

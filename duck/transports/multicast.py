@@ -181,7 +181,7 @@ class MulticastPlane:
         # Of an answer to a small ask, as it travels.
         self._largest = wire.STAMP_BYTES + plan.shape.answer_bytes(self._small) + self._tag_bytes
         # Sealed answers are put together here.
-        self._arriving = Arriving(plan.ducks, self._largest)
+        self._arriving = Arriving(self._openers, plan.ducks, self._largest)
         self._heard = [0] * plan.ducks
         self._warned: set[int] = set()  # ducks that multicasts do not reach
         self._agreed: asyncio.Future[None] = self._loop.create_future()
@@ -386,7 +386,7 @@ class MulticastPlane:
                 place, stride = self._arriving.take(ask.ticket), self._arriving.stride
             waiting = self._receiver.open(ask, answer, cut.fragments(answer), place, stride)
             if waiting and self._sealer:
-                waiting.sealed = self._arriving.pairs(ask, 0, answer)
+                waiting.landings = self._arriving.landings(ask, 0, answer)
         for nic in self._nics.values():
             nic.socket.send(train, cut.datagram_bytes, nic.group)
         self._half.open(ask.ticket, ask.layer, len(message), answer, _clock())
@@ -443,7 +443,7 @@ class MulticastPlane:
                 self._half.landed_whole(ticket, came)
                 if self._sealer:
                     front = message_front(waiting.front)
-                    for duck in open_answers(self._openers, front, waiting.sealed, came):
+                    for duck in open_answers(front, waiting.landings, came):
                         del came[duck]
                         self._failed(duck, ticket, now)
                 self._arrived(waiting.ask, came, came.values())

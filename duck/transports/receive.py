@@ -17,12 +17,13 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from duck import wire
 from duck.errors import TransportError
 from duck.kernels import library
+from duck.seal import Landing, Opener
 from duck.transports.base import Ask
 
 # duck_event, duck_train and duck_collected of duck.h
@@ -53,51 +54,68 @@ class Waiting:
     def __init__(self, ask: Ask, front: bytes) -> None:
         self.ask = ask
         self.front = front  # the header of duck 0's answer, up to the checksum
-        # With a key: of every duck, where its sealed answer arrives and where it is opened to.
-        self.sealed: list[tuple[memoryview, memoryview]] = []
+        self.landings: Sequence[Landing] = ()  # of every duck, if there is a key
 
 
 class Arriving:
-    """Memory in which the sealed answers of open asks are put together, one place a duck."""
+    """Memory in which the sealed answers of open asks are put together, one place a duck.
 
-    def __init__(self, ducks: int, nbytes: int) -> None:
-        self._ducks = ducks
+    Args:
+        openers: of every duck, once the first ask is open.
+        nbytes: of a place.
+    """
+
+    def __init__(self, openers: Mapping[int, Opener], ducks: int, nbytes: int) -> None:
+        self._openers, self._ducks = openers, ducks
         self.stride = -(-nbytes // 64) * 64
-        self._taken: dict[int, memoryview] = {}
-        self._spare: list[memoryview] = []
-        # Made once for each memory and row set.
-        self._pairs: dict[tuple[int, ...], list[tuple[memoryview, memoryview]]] = {}
+        self._taken: dict[int, _Memory] = {}
+        self._spare: list[_Memory] = []
 
     def take(self, ticket: int) -> int:
         """Memory for an ask; the address of duck 0's place, the others' are a stride apart."""
         memory = self._taken.get(ticket)
         if memory is None:
-            size = self._ducks * self.stride
-            memory = self._spare.pop() if self._spare else memoryview(bytearray(size))
+            memory = self._spare.pop() if self._spare else _Memory(self._ducks * self.stride)
             self._taken[ticket] = memory
-        address: int = library.address_of(memory)
-        return address
+        return memory.address
 
     def of(self, ticket: int, duck: int) -> memoryview:
         """A duck's place."""
-        return self._taken[ticket][duck * self.stride : (duck + 1) * self.stride]
+        return self._taken[ticket].view[duck * self.stride : (duck + 1) * self.stride]
 
-    def pairs(self, ask: Ask, start: int, nbytes: int) -> list[tuple[memoryview, memoryview]]:
-        """Of every duck: so many bytes of its place from `start` on, and where they open to."""
-        memory, stride = self._taken[ask.ticket], self.stride
-        key = id(memory), ask.rows.number, nbytes
-        if key not in self._pairs:
-            places = zip(range(start, len(memory), stride), ask.rows.landing, strict=False)
-            self._pairs[key] = [
-                (memory[at : at + nbytes], row[: ask.answer_bytes]) for at, row in places
+    def landings(self, ask: Ask, start: int, nbytes: int) -> Sequence[Landing]:
+        """Of every duck: so many bytes of its place from `start` on open into its row."""
+        memory = self._taken[ask.ticket]
+        key = ask.rows.number, nbytes
+        made = memory.landings.get(key)
+        if made is None:
+            made = memory.landings[key] = [
+                self._openers[duck].landing(
+                    duck,
+                    self.of(ask.ticket, duck)[start : start + nbytes],
+                    row[: ask.answer_bytes],
+                )
+                for duck, row in enumerate(ask.rows.landing)
             ]
-        return self._pairs[key]
+        return made
 
     def give_back(self, ticket: int) -> None:
         """Nothing when it has none."""
         memory = self._taken.pop(ticket, None)
         if memory is not None:
             self._spare.append(memory)
+
+
+class _Memory:
+    """Places for the answers to one ask.
+
+    landings: by row set and size: made once for each.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.view = memoryview(bytearray(nbytes))
+        self.address: int = library.address_of(self.view)
+        self.landings: dict[tuple[int, int], list[Landing]] = {}
 
 
 class Collected(NamedTuple):

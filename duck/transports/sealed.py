@@ -63,7 +63,7 @@ def sealed_message(
     layer: int,
     source: int,
     body: bytes | memoryview,
-) -> bytearray:
+) -> bytes:
     """A message sealed as one, without a header.
 
     Raises:

@@ -166,7 +166,7 @@ class Collector:
         self._receiver = Receiver(flock.session, ducks, seal=seal, check=not flock.keys)
         self._openers: dict[int, Opener] = {}
         small = wire.STAMP_BYTES + shape.answer_bytes(min(SMALL_ROWS, shape.max_rows))
-        self._arriving = Arriving(ducks, wire.HEADER_BYTES + small + seal)
+        self._arriving = Arriving(self._openers, ducks, wire.HEADER_BYTES + small + seal)
         self._parted: set[int] = set()  # whose they are
         self._ducks: dict[int, int] = {}  # descriptor -> duck
         self._loop.add_reader(self._receiver.descriptor, self._readable)
@@ -194,7 +194,7 @@ class Collector:
         waiting = self._receiver.open(ask, ask.answer_bytes, 1, place, stride)
         if waiting and self._openers:
             nbytes = ask.answer_bytes + TAG_BYTES
-            waiting.sealed = self._arriving.pairs(ask, wire.HEADER_BYTES, nbytes)
+            waiting.landings = self._arriving.landings(ask, wire.HEADER_BYTES, nbytes)
 
     def forget(self, ask: Ask) -> None:
         """An ask is over; its rows must not be written to."""
@@ -230,7 +230,7 @@ class Collector:
         for ticket, came in good.items():
             if waiting := self._receiver.get(ticket):
                 if self._openers:
-                    for duck in open_answers(self._openers, waiting.front, waiting.sealed, came):
+                    for duck in open_answers(waiting.front, waiting.landings, came):
                         del came[duck]
                         self._links[duck].blame(WireError(FORGED_ANSWER))
                 self._asks.arrived_whole(waiting.ask, came, came.values())

@@ -117,7 +117,7 @@ def sealed(
     layer: int,
     source: int,
     body: bytes,
-) -> bytes | bytearray:
+) -> bytes:
     """A message as it travels: sealed if there is a key.
 
     Raises:
