@@ -1,4 +1,4 @@
-"""Data frames that nobody without the key can read, forge, change or play again: AES-256-GCM.
+"""Data frames that nobody without the key can read, forge, change or play again: AES-128-GCM.
 
 One tag a message. The header (its first 28 bytes, without the checksum) is associated data, so a
 frame cannot be moved to another ask, layer, duck or session. A key belongs to one sender, one
@@ -20,6 +20,7 @@ Pure: no socket, no clock. Buffers are the caller's; nothing is copied on the wa
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from duck.wire import Kind
 
 NONCE_BYTES = 16  # of a handshake: the host's in HELLO, a duck's in WELCOME
 ASK_SECRET_BYTES = 32
+KEY_BYTES = 16  # of AES-128: as strong as the X25519 and Ed25519 of the control plane's TLS
 TAG_BYTES = 16
 _COUNTER = struct.Struct("<Q")
 _HEAD_BYTES = 28  # of the header: all but its checksum
@@ -69,7 +71,7 @@ class Channel:
     label: str
 
     def key(self, kind: Kind) -> bytes:
-        return self.cluster.derive(f"data {self.label} {kind.name}", self.salt)
+        return self.cluster.derive(f"data {self.label} {kind.name}", self.salt, KEY_BYTES)
 
     def __repr__(self) -> str:
         return f"Channel({self.label})"
@@ -159,7 +161,7 @@ class Sealer:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._ciphers: dict[int, AESGCM] = {}
-        self._used: dict[int, Window] = {}
+        self._used = defaultdict[int, Window](Window)
         self._due: dict[int, tuple[bytes, int]] = {}  # kind -> ticket and fragment that may follow
         self._count = 0
 
@@ -204,7 +206,7 @@ class Sealer:
         if fragment:
             fresh = self._due.get(kind) == (ticket, fragment)
         else:
-            used = self._used.setdefault(kind, Window())
+            used = self._used[kind]
             if fresh := not used.seen(ticket):
                 used.note(ticket)
         if not fresh:
@@ -254,7 +256,7 @@ class Opener:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._ciphers: dict[int, AESGCM] = {}
-        self._seen: dict[int, Window] = {}
+        self._seen = defaultdict[int, Window](Window)
 
     def open_into(self, head: Bytes, sealed: Bytes, out: Bytes) -> int:
         """Write a message's body into `out`; its length.
@@ -280,7 +282,7 @@ class Opener:
             (number,) = _COUNTER.unpack_from(sealed)
             nonce = bytes(sealed[: _COUNTER.size]) + bytes(4)
             sealed = memoryview(sealed)[_COUNTER.size :]
-        seen = self._seen.setdefault(kind, Window())
+        seen = self._seen[kind]
         # Later fragments of an ask follow their first one, which only comes once.
         if not fragment and seen.seen(number):
             raise WireError(f"{Kind(kind).name} {number} came before: replayed, or very late")
