@@ -213,6 +213,7 @@ class _Owed:
         "missing",
         "nacked",
         "probed",
+        "regretted",
         "regrouped",
         "sent_at",
         "served_at",
@@ -242,8 +243,8 @@ class _Owed:
         self.last_at = 0.0  # when the latest answer began
         self.asked_at = [0.0] * ducks  # when a NACK was sent
         self.served_at = [-math.inf] * ducks  # when an RNACK was answered
-        # Bits of ducks. Who was asked again for what.
-        self.nacked = self.probed = 0
+        # Bits of ducks. Who was asked again for what; and who, as it turned out, in vain.
+        self.nacked = self.probed = self.regretted = 0
         # What was sent to the whole group again. Once each: it may be the group that is cut off.
         self.regrouped: set[str] = set()
 
@@ -252,7 +253,7 @@ class _Past(NamedTuple):
     """An ask that ended lately."""
 
     late: int  # bits of ducks that still owed an answer
-    nacked: int
+    nacked: int  # of those that were asked again, and not in vain so far
     probed: int
 
 
@@ -315,7 +316,8 @@ class HostHalf:
             for duck, first_at in enumerate(owed.first_at):
                 if first_at:
                     self.missed[duck] = 0
-        self._past[ticket] = _Past(late, owed.nacked, owed.probed)
+        fair = ~owed.regretted
+        self._past[ticket] = _Past(late, owed.nacked & fair, owed.probed & fair)
         if len(self._past) > self.PAST:
             del self._past[next(iter(self._past))]
 
@@ -356,7 +358,10 @@ class HostHalf:
 
     def _doubled(self, owed: _Owed, duck: int, bits: int) -> None:
         self.counts.duplicates += bits.bit_count()
-        self._needless(duck, 1 << duck, owed.nacked, owed.probed)
+        mark = 1 << duck
+        if (owed.nacked | owed.probed) & ~owed.regretted & mark:
+            owed.regretted |= mark
+            self._needless(duck, nacked=bool(owed.nacked & mark))
 
     def missing(self, duck: int, ticket: int) -> int:
         """The fragments that this duck's answer to an open ask lacks, as bits."""
@@ -573,13 +578,20 @@ class HostHalf:
                 self._past[run.header.ticket] = past._replace(late=past.late & ~mark)
         else:
             self.counts.duplicates += run.fragments
-            self._needless(duck, mark, past.nacked, past.probed)
+            if (past.nacked | past.probed) & mark:
+                self._past[run.header.ticket] = past._replace(
+                    nacked=past.nacked & ~mark, probed=past.probed & ~mark
+                )
+                self._needless(duck, nacked=bool(past.nacked & mark))
 
-    def _needless(self, duck: int, mark: int, nacked: int, probed: int) -> None:
-        """A fragment came twice. If we asked for it, we should have waited for the first."""
-        if nacked & mark:
+    def _needless(self, duck: int, *, nacked: bool) -> None:
+        """What we asked for came twice: we should have waited for the first.
+
+        Once an ask, in however many datagrams it came.
+        """
+        if nacked:
             self._reorder_s[duck] = min(max(FLOOR_S, self._reorder_s[duck] * 1.1), 8 * FLOOR_S)
-        elif probed & mark:
+        else:
             self._answers[duck].impatient()
             self._gaps[duck].impatient()
 

@@ -544,6 +544,41 @@ def test_one_pause_does_not_make_the_next_waits_long() -> None:
     assert patience.wait_s == CAP_S
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_answer_that_was_asked_for_in_vain_counts_once(ended: bool) -> None:
+    """In however many datagrams it comes twice: the next one that is lost is missed soon."""
+    half, fragments, now = HostHalf(2, Cut(48)), 10, 0.0
+
+    def missed_after(ticket: int) -> float:
+        half.open(ticket, 1, 40, 48 * fragments, now)
+        half.landed(0, ticket, (1 << fragments) - 1, now + 1e-3)
+        while not half.due(half.wake_at):
+            pass
+        assert half.missing(1, ticket)
+        return half.wake_at - now
+
+    for ticket in range(1, 60):
+        half.open(ticket, 1, 40, 48 * fragments, now)
+        for duck in range(2):
+            half.landed(duck, ticket, (1 << fragments) - 1, now + (1 + duck / 10) * 1e-3)
+        half.close(ticket)
+        now += 0.1
+    before = missed_after(60)
+    half.landed(1, 60, (1 << fragments) - 1, now + before)
+    if ended:
+        half.close(60)
+    for fragment in range(fragments):
+        head = wire.Header(
+            wire.Kind.ANSWER, 1, 60, 1, 1, fragment, fragments, 48 * fragments, 48 * fragment, 0
+        )
+        assert not half.answer(1, Run(head, 1, 48), now + before)
+    if not ended:
+        half.close(60)
+    now += 0.1
+    assert half.counts.duplicates == fragments
+    assert before < missed_after(61) < 3 * before
+
+
 @given(
     st.lists(
         st.tuples(
