@@ -41,7 +41,6 @@ _HEAD_BYTES = 28  # of the header: all but its checksum
 # Ticket, layer, source, fragment, fragments: 12 bytes as they lie there. Ticket and fragment make
 # them new; the others are along for the ride.
 _NONCE = slice(8, 20)
-_SOURCE = slice(14, 16)
 _PLACE = struct.Struct("<I4xH")  # ticket and fragment
 _BY_TICKET = frozenset({Kind.ASK, Kind.ANSWER})
 _ANSWER = int(Kind.ANSWER)  # every one of a round is compared with it
@@ -217,28 +216,25 @@ class Sealer:
 
 
 class Landing(NamedTuple):
-    """Where one duck's answer lies and opens to; made by `Opener.landing`.
+    """Where one duck's answer lies and opens to; made by `Opener.landing`."""
 
-    source: the duck as its headers say it.
-    """
-
-    source: bytes
     open_into: Callable[[Bytes, Bytes, Bytes, Bytes], int]
     sealed: memoryview
     out: memoryview
 
 
-def open_answers(front: bytes, landings: Sequence[Landing], ducks: Iterable[int]) -> list[int]:
+def open_answers(
+    heads: Iterable[bytes], landings: Sequence[Landing], ducks: Iterable[int]
+) -> list[int]:
     """Open the answers of these ducks to one ask; whose are forged or damaged.
 
     On the way of every answer, so it is one loop over what was made ready before.
 
-    front: the header of duck 0's answer, 28 bytes of it. landings: of every duck.
+    heads: of the ducks' answers in turn, the first 28 bytes. landings: of every duck.
     """
-    before, behind, bad = front[: _SOURCE.start], front[_SOURCE.stop :], []
-    for duck in ducks:
-        source, open_into, sealed, out = landings[duck]
-        head = before + source + behind
+    bad = []
+    for duck, head in zip(ducks, heads, strict=False):
+        open_into, sealed, out = landings[duck]
         try:
             open_into(head[_NONCE], sealed, head, out)
         except InvalidTag:
@@ -291,10 +287,9 @@ class Opener:
             seen.note(number)  # only now: a forged number must not shut out the real one
         return size
 
-    def landing(self, duck: int, sealed: memoryview, out: memoryview) -> Landing:
-        """For `open_answers`: this duck's sealed answer opens into `out`, as long as the body."""
-        open_into = self._cipher(_ANSWER).decrypt_into
-        return Landing(duck.to_bytes(2, "little"), open_into, sealed, out)
+    def landing(self, sealed: memoryview, out: memoryview) -> Landing:
+        """For `open_answers`: a sealed answer opens into `out`, as long as the body."""
+        return Landing(self._cipher(_ANSWER).decrypt_into, sealed, out)
 
     def _cipher(self, kind: int) -> AESGCM:
         cipher = self._ciphers.get(kind)

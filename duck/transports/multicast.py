@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import secrets
 import time
@@ -373,7 +374,7 @@ class MulticastPlane:
             self._tcp.send(ask, body)
             return
         cut, session, kind = self._cut, self._flock.session, wire.Kind.ASK
-        message = sealed(self._sealer, kind, session, ask.ticket, ask.layer, wire.HOST, body)
+        message = sealed(self._sealer, kind, session, ask.ticket, ask.layer, body)
         train = wire.datagrams(
             kind, session, ask.ticket, ask.layer, wire.HOST, message, cut.payload_bytes,
             self._tcp.checksum,
@@ -442,8 +443,8 @@ class MulticastPlane:
             if waiting := self._receiver.get(ticket):
                 self._half.landed_whole(ticket, came)
                 if self._sealer:
-                    front = message_front(waiting.front)
-                    for duck in open_answers(front, waiting.landings, came):
+                    heads = itertools.repeat(message_front(waiting.front))
+                    for duck in open_answers(heads, waiting.landings, came):
                         del came[duck]
                         self._failed(duck, ticket, now)
                 self._arrived(waiting.ask, came, came.values())
@@ -847,7 +848,7 @@ class MulticastFeed:
         kind, session, duck = wire.Kind.ANSWER, self._session.id, self._session.duck
         body = stamps + answer.tobytes()
         try:
-            message = sealed(self._sealer, kind, session, ticket, layer, duck, body)
+            message = sealed(self._sealer, kind, session, ticket, layer, body)
         except TransportError as error:  # answered twice: no bug may end the thread, or be sealed
             self._loop.call_soon_threadsafe(self._session.refuse, str(error))
             return

@@ -91,7 +91,6 @@ class Arriving:
         if made is None:
             made = memory.landings[key] = [
                 self._openers[duck].landing(
-                    duck,
                     self.of(ask.ticket, duck)[start : start + nbytes],
                     row[: ask.answer_bytes],
                 )

@@ -6,11 +6,14 @@ said. What is received lies in a buffer of the connection until it is whole and 
 is it opened into the place that it belongs to.
 
 A whole message is sealed under a header of its own, which never travels: whichever datagram of it
-is asked, `sealed_message` and `open_message` make the same one. Its size is the sealed message's.
+is asked, `sealed_message` and `open_message` make the same one. Its size is the sealed message's,
+and its source always 0: a key has one sender, so the answers of a round have one header.
 """
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from duck import wire
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from duck.transports.link import Frames
 
 _FIRST_BYTES = 1 << 16
-_WHOLE = (1 << 16).to_bytes(4, "little")  # fragment 0 of 1
+_WHOLE = struct.pack("<HHH", 0, 0, 1)  # source, and fragment 0 of 1
 
 
 def sealed_frames(
@@ -55,13 +58,18 @@ def sealed_frames(
     return out
 
 
+def answer_heads(front: bytes, ducks: Iterable[int]) -> Iterator[bytes]:
+    """The first 28 bytes of the headers of these ducks' answers, of those of duck 0's."""
+    before, behind = front[:14], front[16:]
+    return (before + duck.to_bytes(2, "little") + behind for duck in ducks)
+
+
 def sealed_message(
     sealer: Sealer,
     kind: wire.Kind,
     session: int,
     ticket: int,
     layer: int,
-    source: int,
     body: bytes | memoryview,
 ) -> bytes:
     """A message sealed as one, without a header.
@@ -70,7 +78,7 @@ def sealed_message(
         TransportError: its ticket was used before.
     """
     size = len(body) + overhead(kind)
-    return sealer.seal(_message_head(kind, session, ticket, layer, source, size), body)
+    return sealer.seal(_message_head(kind, session, ticket, layer, size), body)
 
 
 def open_message(
@@ -83,22 +91,18 @@ def open_message(
     Raises:
         WireError: it is not authentic, or came before; what is in `out` must not be used.
     """
-    head = _message_head(
-        header.kind, header.session, header.ticket, header.layer, header.source, len(sealed)
-    )
+    head = _message_head(header.kind, header.session, header.ticket, header.layer, len(sealed))
     return opener.open_into(head, sealed, out)
 
 
 def message_front(front: bytes) -> bytes:
     """The first 28 bytes of the header of a whole message, of those of any datagram of it."""
-    return front[:16] + _WHOLE + front[20:24] + bytes(4)
+    return front[:14] + _WHOLE + front[20:24] + bytes(4)
 
 
-def _message_head(
-    kind: wire.Kind, session: int, ticket: int, layer: int, source: int, size: int
-) -> bytes:
+def _message_head(kind: wire.Kind, session: int, ticket: int, layer: int, size: int) -> bytes:
     return wire.HEADER.pack(
-        wire.MAGIC, wire.VERSION, kind, session, ticket, layer, source, 0, 1, size, 0, 0
+        wire.MAGIC, wire.VERSION, kind, session, ticket, layer, 0, 0, 1, size, 0, 0
     )
 
 

@@ -30,7 +30,7 @@ from duck.transports.control import FlockTransport, Welcome
 from duck.transports.link import SPOILED, Link, data_frames, frame_bytes
 from duck.transports.listen import HostSession
 from duck.transports.receive import Arriving, Receiver
-from duck.transports.sealed import sealed_frames
+from duck.transports.sealed import answer_heads, sealed_frames
 
 if TYPE_CHECKING:
     from duck.transports.tls import Credentials
@@ -230,7 +230,8 @@ class Collector:
         for ticket, came in good.items():
             if waiting := self._receiver.get(ticket):
                 if self._openers:
-                    for duck in open_answers(waiting.front, waiting.landings, came):
+                    heads = answer_heads(waiting.front, came)
+                    for duck in open_answers(heads, waiting.landings, came):
                         del came[duck]
                         self._links[duck].blame(WireError(FORGED_ANSWER))
                 self._asks.arrived_whole(waiting.ask, came, came.values())

@@ -115,7 +115,6 @@ def sealed(
     session: int,
     ticket: int,
     layer: int,
-    source: int,
     body: bytes,
 ) -> bytes:
     """A message as it travels: sealed if there is a key.
@@ -125,7 +124,7 @@ def sealed(
     """
     if sealer is None:
         return body
-    return sealed_message(sealer, kind, session, ticket, layer, source, body)
+    return sealed_message(sealer, kind, session, ticket, layer, body)
 
 
 def verified(
@@ -155,7 +154,7 @@ def note(
     payload: bytes,
 ) -> bytes:
     """A message in a single datagram; its checksum is CRC-32 on every machine."""
-    message = sealed(sealer, kind, session, ticket, layer, source, payload)
+    message = sealed(sealer, kind, session, ticket, layer, payload)
     return wire.pack_header(kind, session, ticket, layer, source, payload=message) + message
 
 

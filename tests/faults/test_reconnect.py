@@ -139,7 +139,7 @@ async def test_answers_of_the_old_session_are_dropped_and_counted(key: ClusterKe
         wrong = np.full((1, flock.plan.shape.hidden), 77, np.float32)
         body = wire.pack_stamps(0, 0) + wrong.tobytes()
         kind = wire.Kind.ANSWER
-        message = sealed(old.feed._sealer, kind, old.id, ask.ticket, 2, 0, body)
+        message = sealed(old.feed._sealer, kind, old.id, ask.ticket, 2, body)
         late = wire.datagrams(kind, old.id, ask.ticket, 2, 0, message, 1440)
         before = transport.stats()["malformed"]
         new.feed._sockets[0].send(late, len(late), new.feed._where.host)
