@@ -23,7 +23,6 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -215,12 +214,8 @@ class Sealer:
         self._due[kind] = (ticket, fragment + 1)
 
 
-class Landing(NamedTuple):
-    """Where one duck's answer lies and opens to; made by `Opener.landing`."""
-
-    open_into: Callable[[Bytes, Bytes, Bytes, Bytes], int]
-    sealed: memoryview
-    out: memoryview
+# What opens one duck's answer, where that lies, and where it goes; `Opener.landing` makes it.
+Landing = tuple[Callable[[Bytes, Bytes, Bytes, Bytes], int], memoryview, memoryview]
 
 
 def open_answers(
@@ -289,7 +284,7 @@ class Opener:
 
     def landing(self, sealed: memoryview, out: memoryview) -> Landing:
         """For `open_answers`: a sealed answer opens into `out`, as long as the body."""
-        return Landing(self._cipher(_ANSWER).decrypt_into, sealed, out)
+        return self._cipher(_ANSWER).decrypt_into, sealed, out
 
     def _cipher(self, kind: int) -> AESGCM:
         cipher = self._ciphers.get(kind)
