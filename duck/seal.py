@@ -160,7 +160,7 @@ class Sealer:
         self._channel = channel
         self._ciphers: dict[int, AESGCM] = {}
         self._used = defaultdict[int, Window](Window)
-        self._due: dict[int, tuple[bytes, int]] = {}  # kind -> ticket and fragment that may follow
+        self._due: dict[int, tuple[int, int]] = {}  # kind -> ticket and fragment that may follow
         self._count = 0
 
     def seal(self, head: Bytes, body: Bytes) -> bytes:

@@ -245,18 +245,19 @@ async def _measure(
     ids = np.argsort(rng.random((size, 256)), axis=1)[:, :TOP_K].astype(np.int32)
     weights = rng.random((size, TOP_K), np.float32)
     async with contextlib.AsyncExitStack() as opened:
+        rounds_of = partial(_Rounds, x=x, ids=ids, weights=weights)
         flock = await opened.enter_async_context(_flock(cell, addresses, plan, faults, key))
-        plain = None
+        us, plain = rounds_of(flock), None
         if cell.keyed:
-            bare = replace(cell, keyed=False)
-            plain = await opened.enter_async_context(_flock(bare, addresses, plan, faults, key))
+            bare = _flock(replace(cell, keyed=False), addresses, plan, faults, key)
+            plain = rounds_of(await opened.enter_async_context(bare))
         yardstick = _Yardstick([each.yardstick for each in addresses], plan, size)
         opened.callback(yardstick.close)
         # Few of long ones: while the yardstick has its turn, nobody hears our ducks.
         turn, lead, warm = (TURN, LAYERS, WARM_ROUNDS) if size * ducks < 64 else (2, 1, LAYERS)
         ours, unkeyed, theirs = _Side([], [], []), _Side([], [], []), _Side([], [], [])
-        for each in filter(None, (flock, plain)):
-            await _our_turn(each, x, ids, weights, _Side([], [], []), warm)
+        for each in filter(None, (us, plain)):
+            await each.turn(_Side([], [], []), warm)
         yardstick.turn(_Side([], [], []), warm)
         begun = time.perf_counter()
         most = (SEALED_TICKETS - warm) // (lead + turn) if cell.keyed else math.inf
@@ -265,14 +266,14 @@ async def _measure(
             time.perf_counter() - begun < seconds or turns < 3
         ):
             # The others had their turns, and emptied the caches.
-            await _our_turn(flock, x, ids, weights, _Side([], [], []), lead)
+            await us.turn(_Side([], [], []), lead)
             before = _calls(flock), _packets()
-            await _our_turn(flock, x, ids, weights, ours, turn)
+            await us.turn(ours, turn)
             calls += _calls(flock) - before[0]
             packets += _packets() - before[1]
             if plain:
-                await _our_turn(plain, x, ids, weights, _Side([], [], []), lead)
-                await _our_turn(plain, x, ids, weights, unkeyed, turn)
+                await plain.turn(_Side([], [], []), lead)
+                await plain.turn(unkeyed, turn)
             yardstick.turn(_Side([], [], []), lead)
             yardstick.turn(theirs, turn)
     rounds = len(ours.latencies)
@@ -333,30 +334,32 @@ async def _flock(
         await flock.close()
 
 
-async def _our_turn(
-    flock: FlockTransport,
-    x: np.ndarray,
-    ids: np.ndarray,
-    weights: np.ndarray,
-    side: _Side,
-    rounds: int,
-) -> None:
-    loop, size, sums = asyncio.get_running_loop(), len(x), 0.0
-    cpu = time.process_time()
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        rows = await flock.acquire(size)
-        deadline = loop.time() + _DEADLINE_S
-        ask = flock.ask(len(side.latencies) % LAYERS, x, ids, weights, rows, deadline=deadline)
-        await ask
-        landed = time.perf_counter()
-        side.latencies.append(landed - begun)
-        sum_begun = time.thread_time()
-        rows.total(size)
-        sums += time.thread_time() - sum_begun
-        ask.release()
-    side.cpu.append((time.process_time() - cpu - sums) / rounds)
-    side.sums.append(sums / rounds)
+class _Rounds:
+    """Ours, asked about one layer after the other: what the ducks sealed goes by it."""
+
+    def __init__(
+        self, flock: FlockTransport, x: np.ndarray, ids: np.ndarray, weights: np.ndarray
+    ) -> None:
+        self._flock, self._input = flock, (x, ids, weights)
+        self._layers = itertools.cycle(range(LAYERS))
+
+    async def turn(self, side: _Side, rounds: int) -> None:
+        flock, size, sums = self._flock, len(self._input[0]), 0.0
+        loop = asyncio.get_running_loop()
+        cpu = time.process_time()
+        for layer in itertools.islice(self._layers, rounds):
+            begun = time.perf_counter()
+            rows = await flock.acquire(size)
+            ask = flock.ask(layer, *self._input, rows, deadline=loop.time() + _DEADLINE_S)
+            await ask
+            landed = time.perf_counter()
+            side.latencies.append(landed - begun)
+            sum_begun = time.thread_time()
+            rows.total(size)
+            sums += time.thread_time() - sum_begun
+            ask.release()
+        side.cpu.append((time.process_time() - cpu - sums) / rounds)
+        side.sums.append(sums / rounds)
 
 
 class _Yardstick:

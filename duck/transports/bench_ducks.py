@@ -302,7 +302,7 @@ class _EchoMulticastFeed(MulticastFeed):
 
     def _seal(self, ticket: int, layer: int, body: bytes) -> bytes:
         session = self._session
-        return bytes(sealed(self._sealer, wire.Kind.ANSWER, session.id, ticket, layer, body))
+        return sealed(self._sealer, wire.Kind.ANSWER, session.id, ticket, layer, body)
 
     def answer(
         self, ticket: int, layer: int, answer: np.ndarray | DuckError, stamps: bytes

@@ -16,7 +16,7 @@ from duck import wire
 from duck.config import Network
 from duck.kernels import library
 from duck.placement import Plan, equal_slices
-from duck.transports import bench_ducks
+from duck.transports import bench, bench_ducks
 from duck.transports.control import FlockTransport
 from duck.transports.listen import ListeningDuck
 from duck.transports.planes import host_plane
@@ -68,6 +68,21 @@ async def test_they_are_heard_while_they_seal(
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await serving
+
+
+@linux_only
+def test_rounds_whose_answers_were_sealed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ticket's answer is for one layer, however many rounds a turn has."""
+    monkeypatch.setattr(bench, "TURN", 3)
+    report = bench.bench_transport(
+        transports=("tcp", "multicast"), ducks=(2,), rows=(1,), keyed=True, seconds=0.01
+    )
+    assert [(row["transport"], row["keyed"]) for row in report["rows"]] == [
+        ("tcp", False), ("tcp", True), ("multicast", False), ("multicast", True),
+    ]  # fmt: skip
+    for row in report["rows"]:
+        assert row["rounds"] >= 9
+        assert (row["to_plain"] is not None) == row["keyed"]
 
 
 @linux_only
