@@ -5,8 +5,9 @@ name: sums stay right, nothing is computed twice, and what is forged or played a
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -419,3 +420,154 @@ async def test_a_small_answer_by_tcp() -> None:
         finally:
             handler.let_go()
             await transport.close()
+
+
+# --- two ducks: a message's source is not sealed with it, only who has the key tells whose it is
+
+
+def _renamed(datagram: bytes, source: int) -> bytes:
+    """The same with another source, and a checksum that says so."""
+    head, payload = wire.unpack_header(datagram), datagram[wire.HEADER_BYTES :]
+    return (
+        wire.pack_header(
+            head.kind, head.session, head.ticket, head.layer, source, payload=payload,
+            fragment=head.fragment, fragments=head.fragments, message_bytes=head.message_bytes,
+            offset=head.offset,
+        ) + payload
+    )  # fmt: skip
+
+
+class Two(NamedTuple):
+    """A host and two ducks; with the feed of each, and the ether between it and the host."""
+
+    transport: MulticastTransport
+    feeds: list[Any]
+    sent: list[Outgoing]
+    come: list[tuple[Ether, Ether]]  # by name, by the group
+
+    @property
+    def plane(self) -> Any:
+        return self.transport.plane
+
+    async def right(self, layer: int) -> None:
+        rows = await self.transport.acquire(1)
+        x, ids = np.ones((1, HIDDEN), np.float32), np.zeros((1, 2), np.int32)
+        deadline = asyncio.get_running_loop().time() + WAIT_S
+        ask = self.transport.ask(layer, x, ids, ids.astype(np.float32), rows, deadline=deadline)
+        async with asyncio.timeout(WAIT_S):
+            rows = await ask
+        for duck, partial in enumerate(rows.partials(1)):
+            np.testing.assert_array_equal(partial, np.ones((1, HIDDEN)) * (duck + 1) + layer)
+        ask.release()
+
+    def hears(self, duck: int, datagrams: list[bytes]) -> int:
+        """How many of these a duck drops as senseless, when they come under the host's name."""
+        feed, (ether, _) = self.feeds[duck], self.come[duck]
+        before, ether.sender, ether.extra = feed.malformed, feed._where.host, datagrams
+        feed._readable(feed._sockets[0])
+        return int(feed.malformed - before)
+
+    async def refuses(self, duck: int, datagram: bytes) -> None:
+        """The host drops this as senseless, when it comes from a duck's address."""
+        before = self.plane.malformed
+        self.sent[duck].put([datagram])
+        await _until(lambda: self.plane.malformed > before)
+        assert self.plane.malformed == before + 1
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[Two]:
+    handlers = [FakeDuck(0), FakeDuck(1)]
+    async with (
+        listening(handlers[0], key=KEY) as (first, end),
+        listening(handlers[1], key=KEY) as (second, other),
+    ):
+        plane = MulticastPlane(Network(mtu=1500))
+        transport = MulticastTransport([first, second], credentials=HOST, plane=plane)
+        try:
+            await transport.start(plan_for(2, hidden=HIDDEN))
+            sessions = [next(iter(each._sessions.values())) for each in (end, other)]
+            feeds: list[Any] = [session.feed for session in sessions]
+            sent = [Outgoing(feed._sockets[0], feed._where.host) for feed in feeds]
+            come = [(Ether(feed._sockets[0]), Ether(feed._sockets[1])) for feed in feeds]
+            two = Two(transport, feeds, sent, come)
+            await two.right(1)
+            yield two
+            for ether in sent:
+                ether.change = lambda datagram: [datagram]
+            await two.right(7)
+            assert not transport.asks.lost
+        finally:
+            await transport.close()
+
+
+@pytest.mark.parametrize("source", [1, wire.HOST])
+async def test_an_answer_whose_source_was_changed(two: Two, source: int) -> None:
+    """It is dropped, also as one more of the duck that it names, and comes again."""
+    before = two.plane.malformed
+    two.sent[0].change = _once(Kind.ANSWER, 3, lambda datagram: [_renamed(datagram, source)])
+    await two.right(3)
+    assert two.plane.malformed == before + 1
+    assert two.plane._half.counts.corrupt == 0
+
+
+async def test_one_ducks_answer_under_the_others_name(two: Two) -> None:
+    """All of it, from the other's address and ahead of the other's own."""
+    two.sent[1].change = lambda datagram: []
+    done = False
+
+    def posing(datagram: bytes) -> list[bytes]:
+        nonlocal done
+        head = wire.unpack_header(datagram)
+        if (head.kind, head.layer) == (Kind.ANSWER, 3):
+            two.sent[1].put([_renamed(datagram, 1)])
+            if head.fragment + 1 == head.fragments and not done:
+                done = True
+                two.sent[1].change = lambda datagram: [datagram]
+        return [datagram]
+
+    two.sent[0].change = posing
+    await two.right(3)
+    assert done
+    assert two.plane._half.counts.corrupt >= 1
+
+
+async def test_a_ducks_notes_under_the_others_name(two: Two) -> None:
+    two.transport.plane.tick()
+    await _until(lambda: all(ether.of(Kind.PONG) for ether in two.sent))
+    (pong, *_), heard = two.sent[0].of(Kind.PONG), two.plane._heard[1]
+    for posing in (pong, _renamed(pong, 1), _renamed(pong, wire.HOST)):
+        await two.refuses(1, posing)
+    assert two.plane._heard[1] <= heard + 1  # its own PONG may come only now
+
+
+async def test_what_a_host_says_to_others_or_under_another_name(two: Two) -> None:
+    """Nor is what it says to all heard again, or by itself as a duck's."""
+
+    def lossy(datagram: bytes) -> list[bytes]:
+        head = wire.unpack_header(datagram)
+        begins = (head.kind, head.fragment) == (Kind.ANSWER, 0)
+        return [] if begins and not two.come[0][0].of(Kind.NACK) else [datagram]
+
+    two.sent[0].change = lossy
+    await two.right(3)
+    nack = two.come[0][0].of(Kind.NACK)[0]
+    nacks = [feed._half.counts.nacks for feed in two.feeds]
+    assert two.hears(1, [nack, _renamed(nack, 0), _renamed(nack, 1)]) == 3
+    two.transport.plane.tick()
+    await _until(lambda: all(group.of(Kind.PING) for _, group in two.come))
+    ping, ask = two.come[1][1].of(Kind.PING)[0], two.come[1][1].of(Kind.ASK)[0]
+    sources = (0, 1, wire.HOST)
+    assert two.hears(1, [_renamed(ping, source) for source in sources]) == 3
+    assert two.hears(1, [_renamed(ask, source) for source in (0, 1)]) == 2
+    own = [
+        data for ether in two.sent for data in (ether.of(Kind.PONG)[0], ether.of(Kind.ANSWER)[0])
+    ]
+    assert two.hears(1, [_renamed(data, source) for data in own for source in sources]) == 12
+    assert [feed._half.counts.nacks for feed in two.feeds] == nacks
+    heard = list(two.plane._heard)
+    for duck, said in itertools.product(range(2), (ping, nack, ask)):
+        await two.refuses(duck, said)
+        await two.refuses(duck, _renamed(said, duck))
+    assert two.plane._half.counts.corrupt == 0
+    assert max(now - then for now, then in zip(two.plane._heard, heard, strict=True)) <= 1

@@ -138,6 +138,8 @@ def test_a_whole_message_under_whichever_of_its_datagrams(
     out = bytearray(len(sealed))
     assert open_message(Opener(CHANNEL), header, sealed, out) == len(body)
     assert out[: len(body)] == body
+    # Whose it is the key says, and nothing else.
+    assert open_message(Opener(CHANNEL), header._replace(source=9), sealed, out) == len(body)
     for change in ({"session": 9}, {"ticket": 9}, {"layer": 9}):
         with pytest.raises(WireError, match="not authentic"):
             open_message(Opener(CHANNEL), header._replace(**change), sealed, out)
