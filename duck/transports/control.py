@@ -40,7 +40,9 @@ from duck.transports.supply import Sender
 if TYPE_CHECKING:  # certificates are slow to import, and only needed with a key
     from duck.transports.tls import Credentials
 
-PROTOCOL = (2, 2)  # the control protocol versions this build speaks, lowest and highest
+# The versions that this build speaks, lowest and highest; of what is sealed and how, too: ends that
+# differ in that would take each other's frames for forged.
+PROTOCOL = (3, 3)
 SOFTWARE = f"duck {__version__}"
 CONNECT_S = 10.0
 # A duck that loads says so every half second; so long it may say so without a byte more.

@@ -77,7 +77,7 @@ async def _start(duck: ScriptedDuck, plan: Plan = PLAN) -> None:
 @pytest.mark.parametrize(
     ("welcome", "told"),
     [
-        ({"v": 3}, "speaks protocol 3, this host 2"),
+        ({"v": 2}, "speaks protocol 2, this host 3"),
         ({"v": "1"}, "field 'v' is str"),
         ({"plan_hash": "0"}, "another plan hash"),
         ({"plan_hash": None}, "field 'plan_hash'"),

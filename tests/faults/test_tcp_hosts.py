@@ -179,7 +179,8 @@ async def test_what_a_stranger_may_make_a_duck_keep(served: tuple[str, Listening
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"v": [3, 4]}, "speaks protocol 2, the host (duck 0.0.0 (test)) speaks 3..4: install the"),
+        ({"v": [4, 5]}, "speaks protocol 3, the host (duck 0.0.0 (test)) speaks 4..5: install the"),
+        ({"v": [2, 2]}, "speaks protocol 3, the host (duck 0.0.0 (test)) speaks 2..2: install the"),
         ({"v": [0, 0]}, "speaks 0..0"),
         ({"v": [3, 1]}, "speaks 3..1"),
         ({"v": [1]}, "[lowest, highest]"),
@@ -235,7 +236,7 @@ async def test_a_newer_host_that_still_speaks_our_version(
     peer = await Peer.connect(served[0])
     peer.say("HELLO", **hello(PLAN, v=[2, 7], more="fields that we do not know"))
     welcome = await peer.hear()
-    assert (welcome["t"], welcome["v"]) == ("WELCOME", 2)
+    assert (welcome["t"], welcome["v"]) == ("WELCOME", 3)
     peer.say("BYE")
     assert await peer.ended()
 

@@ -14,6 +14,7 @@ from duck import wire
 from duck.errors import WireError
 from duck.keys import ClusterKey
 from duck.seal import Channel, Opener, Sealer, SessionKeys, overhead
+from duck.transports.control import PROTOCOL
 from duck.transports.sealed import SealedFrames, open_message, sealed_frames, sealed_message
 from duck.wire import Kind
 
@@ -143,3 +144,16 @@ def test_a_whole_message_under_whichever_of_its_datagrams(
     for change in ({"session": 9}, {"ticket": 9}, {"layer": 9}):
         with pytest.raises(WireError, match="not authentic"):
             open_message(Opener(CHANNEL), header._replace(**change), sealed, out)
+
+
+def test_what_is_sealed_and_how_belongs_to_the_protocols_version() -> None:
+    """Whoever changes one of these bytes raises the version: else old ends only see forgeries."""
+    assert PROTOCOL == (3, 3)
+    assert sealed_frames(Sealer(CHANNEL), Kind.ASK, 1, 2, 3, 4, b"quack").hex() == (
+        "444b0101010000000200000003000400000001000500000000000000"  # the header
+        "000000008016c74f664d1d6564460a1012d552a1257f419e60"
+    )
+    answer = sealed_message(Sealer(CHANNEL), Kind.ANSWER, 1, 2, 3, b"quack")
+    assert answer.hex() == "6fbc2116cdcd11606fb7b61dea3de49a2f9884efbd"
+    note = sealed_message(Sealer(CHANNEL), Kind.PING, 1, 2, 3, b"quack")
+    assert note.hex() == "01000000000000002294b6087207b0ed80f29e4895d6ab17b9f4b49ac8"
