@@ -40,6 +40,8 @@ def main() -> int:
 def _leave(*_signal: Any) -> None:
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         sys.stdout.flush()
+        if bars := sys.modules.get("duck.bars"):
+            bars.console.show_cursor()  # what tells progress hides it
     os._exit(130)
 
 

@@ -32,9 +32,10 @@ from duck.transports.control import FlockTransport, Plane
 from duck.transports.faulty import Faults, FaultyPlane, FaultyUdpSocket, disturb, spoil_datagram
 from duck.transports.listen import ListeningDuck
 from duck.transports.loopback import LoopbackTransport
-from duck.transports.multicast import MulticastDuckPlane, MulticastPlane, MulticastTransport
-from duck.transports.shm import ShmDuckPlane, ShmPlane, ShmTransport
-from duck.transports.tcp import TcpDuckPlane, TcpPlane, TcpTransport
+from duck.transports.multicast import MulticastPlane, MulticastTransport
+from duck.transports.planes import duck_planes
+from duck.transports.shm import ShmPlane, ShmTransport
+from duck.transports.tcp import TcpPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
 
 WAIT_S = 60.0  # what a test waits for comes soon, however busy the machine is, or never
@@ -118,10 +119,8 @@ async def listening(
 ) -> AsyncIterator[tuple[str, ListeningDuck]]:
     """A duck's end in this process, with the address it listens on."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    tcp = TcpDuckPlane()
-    planes = [tcp, ShmDuckPlane(), MulticastDuckPlane(tcp)]
     credentials = Credentials(key, Role.DUCK) if key else None
-    end = ListeningDuck(listen, ready.set_result, planes, credentials)
+    end = ListeningDuck(listen, ready.set_result, duck_planes(), credentials)
     serving = asyncio.create_task(end.serve(handler))
     if isinstance(handler, FakeDuck):
         handler.die = serving.cancel

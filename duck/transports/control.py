@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import structlog
 
-from duck import __version__, wire
+from duck import __version__, files, wire
 from duck.config import is_loopback, split_address
-from duck.errors import DuckError, DuckLost, TransportClosed, TransportError, WireError
+from duck.errors import ConfigError, DuckError, DuckLost, TransportClosed, TransportError, WireError
 from duck.placement import Plan
 from duck.seal import ASK_SECRET_BYTES, NONCE_BYTES, SessionKeys
 from duck.transports.base import ASK_ROW_S, ASK_S, TICK_S, Ask, AskTable, Pin, Rows
@@ -84,6 +84,14 @@ class Plane(Protocol):
     @property
     def name(self) -> str:
         """What HELLO calls it."""
+        ...
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody else can read or forge what it carries when there is a key.
+
+        Because it seals all of it by `flock.keys`, or because it never leaves this machine.
+        """
         ...
 
     def start(self, flock: FlockTransport) -> None:
@@ -153,6 +161,9 @@ class FlockTransport:
         supply: cuts a layer's file for a duck that lacks it: (duck, layer), see `supply.Sender`.
         credentials: with a cluster key: every duck must have it too, and control is inside TLS.
         ended: whether a duck's process is known to have ended: it is not waited for then.
+
+    Raises:
+        ConfigError: credentials, and a plane that does not seal.
     """
 
     def __init__(
@@ -166,6 +177,12 @@ class FlockTransport:
         ended: Callable[[int], bool] = lambda _duck: False,
         pin: Pin | None = None,
     ) -> None:
+        # Whoever wrote a plane may not have thought of it; whoever gives a key relies on it.
+        if credentials and not getattr(plane, "is_private", False):
+            raise ConfigError(
+                f"--transport {plane.name} does not seal what it carries: leave out --key-file, or "
+                "choose another transport"
+            )
         self.addresses = tuple(addresses)
         self.labels = tuple(labels or (f"duck {d} ({a})" for d, a in enumerate(addresses)))
         self.plane = plane
@@ -359,6 +376,8 @@ class FlockTransport:
         """What to do where nobody can be reached."""
         if isinstance(error, socket.gaierror | ValueError):
             return f"check the name in {address}, or give the address in numbers"
+        if getattr(error, "errno", None) == errno.EMFILE:
+            return files.too_many_open()
         if getattr(error, "errno", None) in _NO_WAY:
             return f"check {address}, and the network between this machine and it"
         start = f"start it with: duck node --listen {address} --model DIR (or --store DIR)"

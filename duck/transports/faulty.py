@@ -241,6 +241,10 @@ class FaultyPlane:
     def name(self) -> str:
         return self._plane.name
 
+    @property
+    def is_private(self) -> bool:
+        return self._plane.is_private
+
     def start(self, flock: FlockTransport) -> None:
         self._flock = flock
         self._pump = _Pump(self._asks, self._send)

@@ -147,6 +147,7 @@ class MulticastPlane:
     """
 
     name = "multicast"
+    is_private = True
 
     def __init__(
         self,

@@ -255,6 +255,7 @@ class ShmPlane:
     """A `control.Plane`: the host's end of the shared memory."""
 
     name = "shm"
+    is_private = True
 
     def __init__(self) -> None:
         self._opened = contextlib.ExitStack()

@@ -53,6 +53,7 @@ class TcpPlane:
     """
 
     name = "tcp"
+    is_private = True
 
     def __init__(self, small: int = 0) -> None:
         self._small = small

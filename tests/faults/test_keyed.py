@@ -18,14 +18,15 @@ import pytest
 from structlog.testing import capture_logs
 
 from duck import wire
-from duck.errors import DuckLost, TransportError, WireError
+from duck.errors import ConfigError, DuckLost, TransportError, WireError
 from duck.keys import ClusterKey
 from duck.placement import Plan
 from duck.seal import NONCE_BYTES, Sealer, SessionKeys, overhead
 from duck.transports.base import Ask
+from duck.transports.control import FlockTransport
 from duck.transports.listen import ListeningDuck
 from duck.transports.sealed import sealed_frames
-from duck.transports.tcp import TcpTransport
+from duck.transports.tcp import TcpPlane, TcpTransport
 from duck.transports.tls import Credentials, Role
 from tests.faults.peers import TOKEN, Peer, hello
 from tests.flocks import KEY, WAIT_S, FakeDuck, listening, plan_for
@@ -628,3 +629,15 @@ async def test_a_handshake_that_stalls(served: tuple[str, ListeningDuck]) -> Non
         end.GREETING_S *= 2
     assert await done.ended()
     end.GREETING_S = WAIT_S
+
+
+def test_a_plane_that_does_not_seal() -> None:
+    """Somebody's own, which has not heard of keys."""
+
+    class Bare(TcpPlane):
+        name = "pigeon"
+        is_private = False
+
+    FlockTransport(["127.0.0.1:1"], Bare())
+    with pytest.raises(ConfigError, match="--transport pigeon does not seal what it carries"):
+        FlockTransport(["127.0.0.1:1"], Bare(), credentials=HOST)

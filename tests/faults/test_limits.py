@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_checkpoint
+from tests.faults.processes import linux_only
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ulimit is of Unix")
 
@@ -58,3 +59,15 @@ def test_files_that_run_out_in_between(folder: Path) -> None:
     told = "this process may have 64 files open (ulimit -n), and its hard limit is 64 (ulimit -Hn)"
     assert done.stderr.startswith(f"duck: cannot go on: {told}: have 2048 allowed, ")
     assert done.stderr.count("\n") == 1
+
+
+@linux_only
+def test_files_that_run_out_while_ducks_are_connected() -> None:
+    words = ("--transport", "tcp", "--ducks", "32", "--rows", "1", "--seconds", "0.1")
+    done = _run("-n 64", "bench", "transport", *words)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(
+        r"duck: cannot reach duck \d+ \(\S+\): Too many open files; this process may have 64 files "
+        r"open \(ulimit -n\), and its hard limit is 64 .*\n",
+        done.stderr,
+    )

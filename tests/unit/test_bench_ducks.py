@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -118,3 +120,24 @@ async def test_they_end_without_a_word_when_their_host_does(early: bool) -> None
         async with asyncio.timeout(WAIT_S):
             assert await asyncio.to_thread(ducks.stderr.read) == b""
             assert await asyncio.to_thread(ducks.wait) == 0
+
+
+@linux_only
+def test_an_interrupted_bench_shows_the_cursor_again() -> None:
+    """The line that tells what is measured hides it."""
+    ours, theirs = os.openpty()
+    words = ("bench", "transport", "--transport", "tcp", "--ducks", "1", "--rows", "1")
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "duck", *words], stdout=subprocess.DEVNULL, stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    said = b""
+    with bench, contextlib.suppress(OSError):  # EIO: the other side is closed
+        while more := os.read(ours, 4096):
+            if b"1 ducks" in more and b"1 ducks" not in said:
+                bench.send_signal(signal.SIGINT)
+            said += more
+    os.close(ours)
+    assert bench.returncode == 130
+    assert said.rindex(b"\x1b[?25h") > said.rindex(b"\x1b[?25l")
