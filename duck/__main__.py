@@ -40,8 +40,9 @@ def main() -> int:
 def _leave(*_signal: Any) -> None:
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         sys.stdout.flush()
-        if bars := sys.modules.get("duck.bars"):
-            bars.console.show_cursor()  # what tells progress hides it
+        # What tells progress hides it; the module may be there in part only.
+        if console := getattr(sys.modules.get("duck.bars"), "console", None):
+            console.show_cursor()
     os._exit(130)
 
 

@@ -153,12 +153,23 @@ class Window:
 # --- messages
 
 
+class _Ciphers(dict[int, AESGCM]):
+    """Of a channel, by kind of frame; made when they are first needed."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def __missing__(self, kind: int) -> AESGCM:
+        cipher = self[kind] = AESGCM(self._channel.key(Kind(kind)))
+        return cipher
+
+
 class Sealer:
     """Seals what one sender says on one channel; there must be one for it in the whole session."""
 
     def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._ciphers: dict[int, AESGCM] = {}
+        self._ciphers = _Ciphers(channel)
         self._used = defaultdict[int, Window](Window)
         self._due: dict[int, tuple[int, int]] = {}  # kind -> ticket and fragment that may follow
         self._count = 0
@@ -188,9 +199,7 @@ class Sealer:
     def _begin(self, head: Bytes) -> tuple[AESGCM, Bytes, bytes]:
         """The cipher, a nonce that is used up by this, and the counter that travels."""
         kind = head[3]
-        cipher = self._ciphers.get(kind)
-        if cipher is None:
-            cipher = self._ciphers[kind] = AESGCM(self._channel.key(Kind(kind)))
+        cipher = self._ciphers[kind]
         if kind in _BY_TICKET:
             self._claim(kind, head)
             return cipher, head[_NONCE], b""
@@ -245,8 +254,7 @@ class Opener:
     """
 
     def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._ciphers: dict[int, AESGCM] = {}
+        self._ciphers = _Ciphers(channel)
         self._seen = defaultdict[int, Window](Window)
 
     def open_into(self, head: Bytes, sealed: Bytes, out: Bytes) -> int:
@@ -259,7 +267,7 @@ class Opener:
             WireError: forged, damaged, sealed for somebody else, cut off, or opened before.
         """
         kind = head[3]
-        cipher = self._cipher(kind)
+        cipher = self._ciphers[kind]
         if kind == _ANSWER:
             return self._decrypt(cipher, head[_NONCE], head, sealed, out)
         fragment = 0
@@ -284,13 +292,7 @@ class Opener:
 
     def landing(self, sealed: memoryview, out: memoryview) -> Landing:
         """For `open_answers`: a sealed answer opens into `out`, as long as the body."""
-        return self._cipher(_ANSWER).decrypt_into, sealed, out
-
-    def _cipher(self, kind: int) -> AESGCM:
-        cipher = self._ciphers.get(kind)
-        if cipher is None:
-            cipher = self._ciphers[kind] = AESGCM(self._channel.key(Kind(kind)))
-        return cipher
+        return self._ciphers[_ANSWER].decrypt_into, sealed, out
 
     @staticmethod
     def _decrypt(cipher: AESGCM, nonce: Bytes, head: Bytes, sealed: Bytes, out: Bytes) -> int:

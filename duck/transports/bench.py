@@ -37,7 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ LOSSY = ("multicast",)  # transports whose datagrams can be dropped here
 SEALED = ("tcp", "multicast")  # which a key changes
 HARMFUL = ("drop", "corrupt")  # faults that end a flock under the others
 TURN = 16  # rounds of one side before the other has its turn
-WARM_ROUNDS = 20  # a multiple of LAYERS
+WARM_ROUNDS = 20
 _START_S = 60.0
 _DEADLINE_S = 60.0
 
@@ -223,9 +223,9 @@ class _Cell:
 class _Side:
     """What one side of the comparison took, turn by turn."""
 
-    latencies: list[float]
-    cpu: list[float]  # seconds a round
-    sums: list[float]
+    latencies: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)  # seconds a round
+    sums: list[float] = field(default_factory=list)
 
 
 async def _measure(
@@ -255,10 +255,10 @@ async def _measure(
         opened.callback(yardstick.close)
         # Few of long ones: while the yardstick has its turn, nobody hears our ducks.
         turn, lead, warm = (TURN, LAYERS, WARM_ROUNDS) if size * ducks < 64 else (2, 1, LAYERS)
-        ours, unkeyed, theirs = _Side([], [], []), _Side([], [], []), _Side([], [], [])
+        ours, unkeyed, theirs = _Side(), _Side(), _Side()
         for each in filter(None, (us, plain)):
-            await each.turn(_Side([], [], []), warm)
-        yardstick.turn(_Side([], [], []), warm)
+            await each.turn(_Side(), warm)
+        yardstick.turn(_Side(), warm)
         begun = time.perf_counter()
         most = (SEALED_TICKETS - warm) // (lead + turn) if cell.keyed else math.inf
         calls = packets = 0
@@ -266,15 +266,15 @@ async def _measure(
             time.perf_counter() - begun < seconds or turns < 3
         ):
             # The others had their turns, and emptied the caches.
-            await us.turn(_Side([], [], []), lead)
+            await us.turn(_Side(), lead)
             before = _calls(flock), _packets()
             await us.turn(ours, turn)
             calls += _calls(flock) - before[0]
             packets += _packets() - before[1]
             if plain:
-                await plain.turn(_Side([], [], []), lead)
+                await plain.turn(_Side(), lead)
                 await plain.turn(unkeyed, turn)
-            yardstick.turn(_Side([], [], []), lead)
+            yardstick.turn(_Side(), lead)
             yardstick.turn(theirs, turn)
     rounds = len(ours.latencies)
     latencies = np.array(ours.latencies) * 1e6

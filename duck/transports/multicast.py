@@ -52,7 +52,7 @@ from duck.transports.datagrams import (
 from duck.transports.link import Link
 from duck.transports.listen import HostSession
 from duck.transports.receive import Arriving, Receiver
-from duck.transports.sealed import message_front
+from duck.transports.sealed import message_head
 from duck.transports.tcp import TcpDuckPlane, TcpFeed, TcpPlane
 from duck.transports.timer import Timer
 from duck.transports.trains import (
@@ -444,7 +444,12 @@ class MulticastPlane:
             if waiting := self._receiver.get(ticket):
                 self._half.landed_whole(ticket, came)
                 if self._sealer:
-                    heads = itertools.repeat(message_front(waiting.front))
+                    ask = waiting.ask
+                    head = message_head(
+                        wire.Kind.ANSWER, self._flock.session, ticket, ask.layer,
+                        ask.answer_bytes + self._tag_bytes,
+                    )  # fmt: skip
+                    heads = itertools.repeat(head)
                     for duck in open_answers(heads, waiting.landings, came):
                         del came[duck]
                         self._failed(duck, ticket, now)

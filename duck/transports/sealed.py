@@ -12,7 +12,6 @@ and its source always 0: a key has one sender, so the answers of a round have on
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from duck.transports.link import Frames
 
 _FIRST_BYTES = 1 << 16
-_WHOLE = struct.pack("<HHH", 0, 0, 1)  # source, and fragment 0 of 1
 
 
 def sealed_frames(
@@ -78,7 +76,7 @@ def sealed_message(
         TransportError: its ticket was used before.
     """
     size = len(body) + overhead(kind)
-    return sealer.seal(_message_head(kind, session, ticket, layer, size), body)
+    return sealer.seal(message_head(kind, session, ticket, layer, size), body)
 
 
 def open_message(
@@ -91,19 +89,15 @@ def open_message(
     Raises:
         WireError: it is not authentic, or came before; what is in `out` must not be used.
     """
-    head = _message_head(header.kind, header.session, header.ticket, header.layer, len(sealed))
+    head = message_head(header.kind, header.session, header.ticket, header.layer, len(sealed))
     return opener.open_into(head, sealed, out)
 
 
-def message_front(front: bytes) -> bytes:
-    """The first 28 bytes of the header of a whole message, of those of any datagram of it."""
-    return front[:14] + _WHOLE + front[20:24] + bytes(4)
-
-
-def _message_head(kind: wire.Kind, session: int, ticket: int, layer: int, size: int) -> bytes:
+def message_head(kind: wire.Kind, session: int, ticket: int, layer: int, size: int) -> bytes:
+    """The first 28 bytes of the header that a whole message of this size is sealed under."""
     return wire.HEADER.pack(
         wire.MAGIC, wire.VERSION, kind, session, ticket, layer, 0, 0, 1, size, 0, 0
-    )
+    )[:28]
 
 
 class SealedFrames:

@@ -1,4 +1,4 @@
-"""The bench's ducks in this process: what their figures cannot show."""
+"""`duck bench transport` and its ducks: what their figures cannot show."""
 
 from __future__ import annotations
 
