@@ -13,6 +13,7 @@ once an answer; with few it costs less to receive in the event loop's own wake-u
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import socket
@@ -20,7 +21,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from duck import wire
+from duck import files, wire
 from duck.errors import TransportError
 from duck.kernels import library
 from duck.seal import Landing, Opener
@@ -315,4 +316,5 @@ class Receiver:
 
 def _check(error: int) -> None:
     if error:
-        raise TransportError(f"the system refuses to receive: {os.strerror(error)}")
+        why = files.too_many_open() if error == errno.EMFILE else os.strerror(error)
+        raise TransportError(f"the system refuses to receive: {why}")
